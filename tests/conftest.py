@@ -1,0 +1,21 @@
+"""Settings of the whole test run.
+
+One torch thread per process, since two run side by side; tests marked `gpu` are skipped, and
+counted as such, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
