@@ -1,0 +1,252 @@
+"""Frozen descriptions of every network and schedule, checked when made, kept as JSON.
+
+Nothing here imports torch. A checkpoint's header holds one `ModelConfig` as JSON, and a network is
+built from its config alone. Start reading at `ModelConfig`; sizes of official models are in
+`presets`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from sana.errors import CheckpointError
+
+BlockKind = Literal["residual", "efficientvit"]
+Resample = Literal["conv", "pixel_unshuffle", "interpolate", "pixel_shuffle"]
+NormKind = Literal["rms", "batch"]
+Activation = Literal["relu", "silu"]
+SamplerName = Literal["dpm", "euler"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinerConfig:
+    """Bidirectional layers over text states, with positions and zero-initialized gates (LiDiT)."""
+
+    depth: int = 2
+    heads: int = 6
+    mlp_ratio: float = 2.0
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, f"refiner depth is {self.depth}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTConfig:
+    """Linear DiT: width D, `depth` blocks, self-attention heads of `head_dim`.
+
+    `cross_heads` is the number of heads that attend to the text.
+    """
+
+    width: int
+    depth: int
+    cross_heads: int
+    text_dim: int
+    latent_channels: int = 32
+    head_dim: int = 32
+    mlp_ratio: float = 2.5
+    patch_size: int = 1
+    qk_norm: bool = False
+    guidance_embedding: bool = False
+    position_scale: float | None = None
+    """Interpolation scale of the sin-cos table (1.0 at 2K, 2.0 at 4K); None means no positions."""
+    position_base: int = 16
+    """Grid side, in tokens, at which positions have unit spacing (before `position_scale`)."""
+    text_norm_scale: float = 0.01
+    attention_eps: float = 1e-15
+    self_norm_eps: float = 1e-5
+    cross_norm_eps: float = 1e-5
+    refiner: RefinerConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "cross_heads", "text_dim", "latent_channels", "patch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"DiT {name} is {value}; it must be at least 1")
+        _require(
+            self.width % self.head_dim == 0,
+            f"DiT width {self.width} is not a multiple of head_dim {self.head_dim}",
+        )
+        _require(
+            self.width % self.cross_heads == 0,
+            f"DiT width {self.width} is not a multiple of cross_heads {self.cross_heads}",
+        )
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """One resolution of the DC-AE: how wide, how many blocks, of which kind."""
+
+    width: int
+    depth: int
+    block: BlockKind = "residual"
+    scales: tuple[int, ...] = ()
+    """Kernel sizes of the multi-scale branch of an EfficientViT block."""
+    norm: NormKind = "rms"
+    activation: Activation = "silu"
+
+    def __post_init__(self) -> None:
+        _require(self.width >= 1, f"stage width is {self.width}; it must be at least 1")
+        _require(self.depth >= 0, f"stage depth is {self.depth}; it must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DCAEConfig:
+    """Deep-compression autoencoder; stages run from full resolution to the latent's.
+
+    With S stages the compression factor is 2^(S-1). A first stage of depth 0 is skipped, and the
+    stem (or the head) resamples instead, without shortcut.
+    """
+
+    latent_channels: int
+    encoder: tuple[StageConfig, ...]
+    decoder: tuple[StageConfig, ...]
+    down: Literal["conv", "pixel_unshuffle"] = "conv"
+    up: Literal["interpolate", "pixel_shuffle"] = "interpolate"
+    out_activation: Activation = "relu"
+    head_dim: int = 32
+    latent_mean: tuple[float, ...] = (0.0,)
+    latent_scale: tuple[float, ...] = (1.0,)
+    """The DiT sees (z - latent_mean) * latent_scale, for each channel or one for all."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.encoder) == len(self.decoder) >= 2,
+            f"DC-AE has {len(self.encoder)} encoder and {len(self.decoder)} decoder stages; "
+            "they must be equal in number and at least 2",
+        )
+        for name in ("latent_mean", "latent_scale"):
+            count = len(getattr(self, name))
+            _require(
+                count in (1, self.latent_channels),
+                f"DC-AE {name} has {count} values; it takes 1 or {self.latent_channels}",
+            )
+        _require(all(s > 0 for s in self.latent_scale), "DC-AE latent_scale must be positive")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along each side."""
+        return int(2 ** (len(self.encoder) - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """Which language model reads the prompt, and how many of its states are kept."""
+
+    kind: Literal["minilm", "gemma2"]
+    width: int
+    max_tokens: int
+    layers: int
+    heads: int
+    mlp_width: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_tokens >= 3, f"text max_tokens is {self.max_tokens}; it must be at least 3"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """Sampling defaults and the time convention that the weights were trained with."""
+
+    shift: float = 3.0
+    steps: int = 20
+    guidance: float = 4.5
+    sampler: SamplerName = "dpm"
+    integer_times: bool = True
+    """Whether the network is told trunc(1000 t) / 1000 (official models) or t itself."""
+
+    def __post_init__(self) -> None:
+        _require(self.shift > 0, f"shift is {self.shift}; it must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Everything that a pipeline needs to know about a set of weights."""
+
+    name: str
+    dit: DiTConfig
+    autoencoder: DCAEConfig
+    text: TextConfig
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    pixels: int = 512
+    """Default side of a picture."""
+    max_pixels: int = 1024
+    """Largest side the model may be asked for."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.dit.latent_channels == self.autoencoder.latent_channels,
+            f"the DiT takes {self.dit.latent_channels} latent channels and the autoencoder makes "
+            f"{self.autoencoder.latent_channels}; they must be equal",
+        )
+        _require(
+            self.dit.text_dim == self.text.width,
+            f"the DiT takes text states {self.dit.text_dim} wide and the encoder makes "
+            f"{self.text.width}; they must be equal",
+        )
+
+
+Config = TypeVar("Config")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists and scalars; `from_json` gives the same config back."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_json(kind: type[Config], data: Mapping[str, Any]) -> Config:
+    """Build a config of type `kind`; unknown keys fail with the nearest known name."""
+    hints = typing.get_type_hints(kind)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(hints)}"
+            raise CheckpointError(f"{kind.__name__} has no field {key!r}{hint}")
+    values = {key: _typed(hints[key], value) for key, value in data.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{kind.__name__}: {error}; the header is incomplete") from None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [item for item in typing.get_args(hint) if item is not type(None)]
+        return None if value is None else _typed(inner[0], value)
+    if origin is Literal:
+        _require(
+            value in typing.get_args(hint),
+            f"{value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}",
+        )
+        return value
+    if origin is tuple:
+        return tuple(_typed(typing.get_args(hint)[0], item) for item in value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value)
+    return float(value) if hint is float else value
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise CheckpointError(message)

@@ -1,0 +1,319 @@
+"""DC-AE, the deep-compression autoencoder (arXiv 2410.10733), all official kinds from one config.
+
+Attributes: `encoder.{stem,stages,head}` and `decoder.{stem,stages,norm,head}`. `stages[i]` is a
+Sequential at resolution 2^-i: in the encoder its blocks and then `Down` to stage i + 1, in the
+decoder `Up` from stage i + 1 and then its blocks, run from last to first. `encoder.head` and
+`decoder.stem` touch the latent, `decoder.head` (after `decoder.norm`) makes the pixels.
+Blocks: `ResBlock.{first,second,norm}`, `EViTBlock.{attention,feed_forward,norm}`.
+
+Shape letters: B batch, C channels, H W pixels or grid, N = H W. Maps keep channels-last memory
+throughout (the shuffles write it), which the convolutions on GPU and CPU prefer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana.config import Activation, DCAEConfig, NormKind, StageConfig
+from sana.errors import CheckpointError
+from sana.kernels.reference import linear_attention, quadratic_attention
+from sana.models.layers import GLUMBConv, split_heads
+
+ATTENTION_EPS = 1e-15
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
+
+
+class DCAE(nn.Module):
+    """Images (B, 3, H, W) in -1..1 <-> latents (B, C, H / factor, W / factor), without sampling."""
+
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstruction of images, not clamped."""
+        return self.decode(self.encode(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in -1..1 -> raw latent; ValueError unless both sides are multiples of `factor`."""
+        factor = self.config.factor
+        height, width = images.shape[-2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"the image is {width} x {height}; the autoencoder needs multiples of {factor}: "
+                "resize or crop it"
+            )
+        latent: Tensor = self.encoder(images.to(self.encoder.head.weight.dtype))
+        return latent
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Raw latent -> images, about -1..1 but not clamped."""
+        images: Tensor = self.decoder(latent.to(self.decoder.stem.weight.dtype))
+        return images
+
+    def normalize(self, latent: Tensor) -> Tensor:
+        """Raw latent -> what the diffusion model sees, in at least fp32."""
+        mean, scale = self._statistics(latent)
+        return (latent - mean) * scale
+
+    def denormalize(self, latent: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        mean, scale = self._statistics(latent)
+        return latent / scale + mean
+
+    def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        values = (self.config.latent_mean, self.config.latent_scale)
+        dtype = torch.promote_types(latent.dtype, torch.float32)
+        mean, scale = (torch.tensor(v, dtype=dtype, device=latent.device) for v in values)
+        return mean[:, None, None], scale[:, None, None]
+
+
+class Encoder(nn.Module):
+    """Stem, stages from full resolution down, and a head with a channel-averaging shortcut."""
+
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        stages = config.encoder
+        first = stages[0].width if stages[0].depth else stages[1].width
+        self.stem: nn.Module = nn.Conv2d(3, first, 3, padding=1)
+        if not stages[0].depth:
+            self.stem = Down(3, first, config.down, has_shortcut=False)
+        self.stages = nn.ModuleList()
+        for index, stage in enumerate(stages):
+            layers = [make_block(stage, config.head_dim) for _ in range(stage.depth)]
+            if index + 1 < len(stages) and (index or stage.depth):
+                layers.append(Down(stage.width, stages[index + 1].width, config.down))
+            self.stages.append(nn.Sequential(*layers))
+        check_shortcut(stages[-1].width, config.latent_channels)
+        self.head = nn.Conv2d(stages[-1].width, config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(channels_last(images))
+        for stage in self.stages:
+            x = stage(x)
+        latent: Tensor = self.head(x)
+        return latent + average_channels(x, latent.shape[1])
+
+
+class Decoder(nn.Module):
+    """Stem with a channel-repeating shortcut, stages up to full resolution, norm, and head."""
+
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        stages = config.decoder
+        first = stages[0].width if stages[0].depth else stages[1].width
+        self.activation = ACTIVATIONS[config.out_activation]
+        check_shortcut(stages[-1].width, config.latent_channels)
+        self.stem = nn.Conv2d(config.latent_channels, stages[-1].width, 3, padding=1)
+        self.stages = nn.ModuleList()
+        for index, stage in enumerate(stages):
+            layers: list[nn.Module] = []
+            if index + 1 < len(stages) and (index or stage.depth):
+                layers.append(Up(stages[index + 1].width, stage.width, config.up))
+            layers += [make_block(stage, config.head_dim) for _ in range(stage.depth)]
+            self.stages.append(nn.Sequential(*layers))
+        self.norm = ChannelRMSNorm(first)
+        self.head: nn.Module = nn.Conv2d(first, 3, 3, padding=1)
+        if not stages[0].depth:
+            self.head = Up(first, 3, config.up, has_shortcut=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        latent = channels_last(latent)
+        x = self.stem(latent)
+        x = x + repeat_channels(latent, x.shape[1])
+        for stage in reversed(self.stages):
+            x = stage(x)
+        images: Tensor = self.head(self.activation(self.norm(x)))
+        return images
+
+
+class ResBlock(nn.Module):
+    """x + norm(conv(act(conv(x))))."""
+
+    def __init__(self, dim: int, norm: NormKind, activation: Activation) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.first = nn.Conv2d(dim, dim, 3, padding=1)
+        self.second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.norm = make_norm(norm, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch: Tensor = self.norm(self.second(self.activation(self.first(x))))
+        return x + branch
+
+
+class EViTBlock(nn.Module):
+    """EfficientViT: multi-scale linear attention and a GLUMBConv of 4 C, both with residual."""
+
+    def __init__(self, dim: int, head_dim: int, scales: tuple[int, ...], norm: NormKind) -> None:
+        super().__init__()
+        self.attention = MultiScaleAttention(dim, head_dim, scales, norm)
+        self.feed_forward = GLUMBConv(dim, 4 * dim)
+        self.norm = ChannelRMSNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        branch: Tensor = self.norm(self.feed_forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return x + branch
+
+
+class MultiScaleAttention(nn.Module):
+    """ReLU linear attention over the map and its depthwise-filtered copies, one per scale.
+
+    `qkv` does not make a query, a key and a value: its 3 C channels, and those of every scale after
+    them, are regrouped in runs of 3 x head_dim, whose thirds are query, key and value.
+    """
+
+    def __init__(self, dim: int, head_dim: int, scales: tuple[int, ...], norm: NormKind) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.scales = nn.ModuleList(Aggregate(3 * dim, head_dim, scale) for scale in scales)
+        self.output = nn.Linear((1 + len(scales)) * dim, dim, bias=False)
+        self.norm = make_norm(norm, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), without the residual."""
+        height, width = x.shape[-2:]
+        qkv = self.qkv(x.permute(0, 2, 3, 1))  # (B, H, W, 3 C)
+        if self.scales:
+            maps = qkv.permute(0, 3, 1, 2)
+            filtered = [scale(maps).permute(0, 2, 3, 1) for scale in self.scales]
+            qkv = torch.cat([qkv, *filtered], dim=-1)
+        heads = split_heads(qkv.flatten(1, 2), 3 * self.head_dim)
+        q, k, v = heads.chunk(3, dim=-1)  # each (B, heads, N, head_dim)
+        is_short = height * width <= self.head_dim
+        attend = quadratic_attention if is_short else linear_attention
+        mixed = attend(q, k, v, eps=ATTENTION_EPS).transpose(1, 2).flatten(2)
+        out = torch.unflatten(self.output(mixed), 1, (height, width))
+        normed: Tensor = self.norm(out.permute(0, 3, 1, 2))
+        return normed
+
+
+class Aggregate(nn.Module):
+    """One scale: depthwise `size` x `size`, then 1x1 within each run of `head_dim` channels."""
+
+    def __init__(self, dim: int, head_dim: int, size: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim, bias=False)
+        self.pointwise = nn.Conv2d(dim, dim, 1, groups=dim // head_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filtered: Tensor = self.pointwise(self.depthwise(x))
+        return filtered
+
+
+class Down(nn.Module):
+    """Halves the resolution: strided convolution or pixel unshuffle; adds averaged channels."""
+
+    def __init__(self, dim: int, out: int, kind: str, *, has_shortcut: bool = True) -> None:
+        super().__init__()
+        self.unshuffles = kind == "pixel_unshuffle"
+        self.has_shortcut = has_shortcut
+        if has_shortcut:
+            check_shortcut(4 * dim, out)
+        width, stride = (out // 4, 1) if self.unshuffles else (out, 2)
+        self.conv = nn.Conv2d(dim, width, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        main: Tensor = self.conv(x)
+        if self.unshuffles:
+            main = unshuffle(main)
+        if self.has_shortcut:
+            main = main + average_channels(unshuffle(x), main.shape[1])
+        return main
+
+
+class Up(nn.Module):
+    """Doubles the resolution: nearest and convolution, or pixel shuffle; adds repeated channels."""
+
+    def __init__(self, dim: int, out: int, kind: str, *, has_shortcut: bool = True) -> None:
+        super().__init__()
+        self.out = out
+        self.shuffles = kind == "pixel_shuffle"
+        self.has_shortcut = has_shortcut
+        if has_shortcut:
+            check_shortcut(4 * out, dim)
+        self.conv = nn.Conv2d(dim, 4 * out if self.shuffles else out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shuffles:
+            main = shuffle(self.conv(x))
+        else:
+            main = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if self.has_shortcut:
+            main = main + shuffle(repeat_channels(x, 4 * self.out))
+        return main
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMSNorm over the channels of a map, with weight and bias; statistics in fp32."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.eps)
+        return (wide * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def make_block(stage: StageConfig, head_dim: int) -> nn.Module:
+    """One block of the stage's kind."""
+    if stage.block == "efficientvit":
+        return EViTBlock(stage.width, head_dim, stage.scales, stage.norm)
+    return ResBlock(stage.width, stage.norm, stage.activation)
+
+
+def make_norm(kind: NormKind, dim: int) -> nn.Module:
+    """The norm at the end of a branch."""
+    return nn.BatchNorm2d(dim) if kind == "batch" else ChannelRMSNorm(dim)
+
+
+def check_shortcut(many: int, few: int) -> None:
+    """CheckpointError unless `many` channels average into `few`, or `few` repeat into `many`."""
+    if many % few:
+        raise CheckpointError(
+            f"a shortcut joins {many} and {few} channels; the first must be a multiple of the "
+            "second: change the stage widths or the latent channels"
+        )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same map in channels-last memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def unshuffle(x: Tensor) -> Tensor:
+    """Pixel unshuffle by 2, (B, C, 2H, 2W) -> (B, 4C, H, W), written channels last."""
+    x = torch.unflatten(x.permute(0, 2, 3, 1), 2, (-1, 2))
+    x = torch.unflatten(x, 1, (-1, 2))  # (B, H, 2, W, 2, C)
+    return x.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    """Pixel shuffle by 2, (B, 4C, H, W) -> (B, C, 2H, 2W), written channels last."""
+    x = torch.unflatten(x.permute(0, 2, 3, 1), -1, (-1, 2, 2))  # (B, H, W, C, 2, 2)
+    return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def average_channels(x: Tensor, channels: int) -> Tensor:
+    """Means over consecutive channels, so that `channels` are left."""
+    groups = torch.unflatten(x.permute(0, 2, 3, 1), -1, (channels, -1))
+    return groups.mean(dim=-1).permute(0, 3, 1, 2)
+
+
+def repeat_channels(x: Tensor, channels: int) -> Tensor:
+    """Each channel repeated in place, up to `channels`."""
+    repeats = channels // x.shape[1]
+    x = x.permute(0, 2, 3, 1).unsqueeze(-1).expand(-1, -1, -1, -1, repeats)
+    return x.flatten(-2).permute(0, 3, 1, 2)

@@ -1,0 +1,189 @@
+"""The Linear DiT: one class for Sana (arXiv 2410.10629), Sana-1.5 and Sprint.
+
+Attributes: `patch_embed.projection`, `time_embed.{input,output}`, `guidance_embed` (Sprint only),
+`modulation`, `text_input`, `text_output`, `text_norm`, `refiner` (optional), `table`, `output`;
+`blocks[i]`: `table`, `attention.{qkv,query_norm,key_norm,output}`,
+`cross_attention.{query,key_value,query_norm,key_norm,output}`,
+`feed_forward.{expand,depthwise,project}`.
+
+Shape letters: B batch, N image tokens, T text tokens, C latent channels, D width, h w token grid.
+Start at `LinearDiT.denoise`; precision is decided in `layers`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana.config import DiTConfig
+from sana.models.layers import (
+    CrossAttention,
+    GLUMBConv,
+    LinearSelfAttention,
+    PatchEmbed,
+    RMSNorm,
+    TimeEmbedding,
+    mask_bias,
+    modulate,
+    position_table,
+)
+from sana.models.refiner import Refiner
+
+TIME_SCALE = 1000.0
+GUIDANCE_SCALE = 0.1
+
+
+class LinearDiT(nn.Module):
+    """Predicts velocity (noise - image latent) from a noisy latent, its time and the text."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.width
+        self.patch_embed = PatchEmbed(config.latent_channels, dim, config.patch_size)
+        self.time_embed = TimeEmbedding(dim)
+        self.guidance_embed = TimeEmbedding(dim) if config.guidance_embedding else None
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.refiner = Refiner(config.refiner, config.text_dim) if config.refiner else None
+        self.text_input = nn.Linear(config.text_dim, dim)
+        self.text_output = nn.Linear(dim, dim)
+        self.text_norm = RMSNorm(dim, scale=config.text_norm_scale)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.output = nn.Linear(dim, config.patch_size**2 * config.latent_channels)
+        self._positions: tuple[object, Tensor] | None = None
+        self._initialize()
+
+    def forward(
+        self,
+        latent: Tensor,
+        time: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        *,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity for latent (B, C, H, W) from raw text states (B, T, text_dim); see `denoise`."""
+        return self.denoise(latent, time, self.embed_text(text, mask), mask, guidance=guidance)
+
+    def embed_text(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Text states (B, T, text_dim) -> (B, T, D); depends on the prompt alone."""
+        text = text.to(self.text_input.weight.dtype)
+        if self.refiner is not None:
+            text = self.refiner(text, mask)
+        embedded = self.text_output(F.gelu(self.text_input(text), approximate="tanh"))
+        normed: Tensor = self.text_norm(embedded)
+        return normed
+
+    def denoise(
+        self,
+        latent: Tensor,
+        time: Tensor,
+        embedded: Tensor,
+        mask: Tensor | None,
+        *,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, C, H, W) in the latent's dtype; H and W are multiples of the patch size.
+
+        time (B,) in [0, 1], 1 = pure noise; embedded (B, T, D) from `embed_text`; mask (B, T), true
+        where a text token counts; guidance (B,) is the guidance scale, for Sprint only.
+        """
+        x = self.patch_embed(latent.to(self.patch_embed.projection.weight.dtype))  # (B, h, w, D)
+        if self.config.position_scale is not None:
+            x = (x + self._position_table(x)).to(x.dtype)
+        grid = x.shape[1:3]
+        x = x.flatten(1, 2)  # (B, N, D)
+        embedding = self._embed_time(time, guidance)
+        modulation = self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
+        bias = mask_bias(mask, x.dtype)
+        for block in self.blocks:
+            x = block(x, embedded, modulation, bias, grid)
+        # The output's modulation takes the embedding itself, before the SiLU.
+        shift, scale = (self.table + embedding[:, None]).chunk(2, dim=1)
+        x = self.output(modulate(x, shift, scale))
+        return self._unpatch(torch.unflatten(x, 1, grid)).to(latent.dtype)
+
+    def _embed_time(self, time: Tensor, guidance: Tensor | None) -> Tensor:
+        """(B, D); Sprint takes its time unscaled, and the guidance scale beside it."""
+        embedding: Tensor
+        if self.guidance_embed is None:
+            embedding = self.time_embed(time.float() * TIME_SCALE)
+            return embedding
+        if guidance is None:
+            raise ValueError("guidance is None; this network embeds the guidance scale: pass one")
+        embedding = self.time_embed(time.float())
+        embedding = embedding + self.guidance_embed(guidance.float() * GUIDANCE_SCALE)
+        return embedding
+
+    def _position_table(self, x: Tensor) -> Tensor:
+        """The table for x's grid, kept for the next call with the same grid and device."""
+        key = (x.shape[1], x.shape[2], x.device)
+        if self._positions is None or self._positions[0] != key:
+            scale = self.config.position_scale or 1.0
+            base = self.config.position_base
+            height, width, device = key
+            table = position_table(
+                height, width, self.config.width, base=base, scale=scale, device=device
+            )
+            self._positions = (key, table)
+        return self._positions[1]
+
+    def _unpatch(self, x: Tensor) -> Tensor:
+        """(B, h, w, p p C), channel fastest -> (B, C, h p, w p)."""
+        p = self.config.patch_size
+        x = torch.unflatten(x, -1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
+        return x.flatten(4, 5).flatten(2, 3)
+
+    def _initialize(self) -> None:
+        """As Sana: Xavier for linears, small normals for embeddings, zero for the output."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("refiner"):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        small = [self.modulation, self.text_input, self.text_output]
+        small += [self.time_embed.input, self.time_embed.output]
+        if self.guidance_embed is not None:
+            small += [self.guidance_embed.input, self.guidance_embed.output]
+        for linear in small:
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
+
+
+class Block(nn.Module):
+    """Linear self-attention, cross-attention without norm or gate, mix-FFN; adaLN-single."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.width
+        self.table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.attention = LinearSelfAttention(
+            dim,
+            config.head_dim,
+            qk_norm=config.qk_norm,
+            eps=config.attention_eps,
+            norm_eps=config.self_norm_eps,
+        )
+        self.cross_attention = CrossAttention(
+            dim, config.cross_heads, qk_norm=config.qk_norm, norm_eps=config.cross_norm_eps
+        )
+        self.feed_forward = GLUMBConv(dim, config.mlp_width)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        bias: Tensor | None,
+        grid: torch.Size,
+    ) -> Tensor:
+        """x (B, N, D), text (B, T, D), modulation (B, 6, D), bias (B, 1, 1, T), grid (h, w)."""
+        table = self.table + modulation
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)
+        x = x + gate * self.attention(modulate(x, shift, scale))
+        x = x + self.cross_attention(x, text, bias)
+        mixed = torch.unflatten(modulate(x, shift_mlp, scale_mlp), 1, grid)
+        branch: Tensor = self.feed_forward(mixed).flatten(1, 2)
+        return x + gate_mlp * branch

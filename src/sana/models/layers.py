@@ -1,0 +1,188 @@
+"""The parts that the networks share: norms, embeddings, modulation, mix-FFN and both attentions.
+
+Sana (arXiv 2410.10629) section 2.2. Shape letters: B batch, N image tokens, T text tokens, C or D
+channels, H heads, h w latent grid, F mix-FFN width.
+
+Precision: norm statistics and linear attention run in fp32 under any autocast; everything else
+follows the weights' dtype or autocast. Image tokens stay in channels-last memory throughout, so a
+1x1 convolution is a linear layer and only the depthwise 3x3 sees a (B, C, h, w) view.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana.kernels.reference import linear_attention
+
+SINUSOIDS = 256
+MASKED = -10000.0
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; `weight` starts at `scale`."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, scale: float = 1.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((dim,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * self.weight).to(x.dtype)
+
+
+class TimeEmbedding(nn.Module):
+    """A scalar per sample -> 256 sinusoids, cosines first -> two-layer MLP, width D."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(SINUSOIDS, dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """value (B,) in fp32 -> (B, D)."""
+        waves = sinusoids(value).to(self.input.weight.dtype)
+        embedded: Tensor = self.output(F.silu(self.input(waves)))
+        return embedded
+
+
+class PatchEmbed(nn.Module):
+    """Patches of p x p latent cells -> tokens: a strided convolution stored as a linear."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Linear(channels * patch_size**2, dim)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, C, h p, w p) -> (B, h, w, D)."""
+        if self.patch_size > 1:
+            latent = F.pixel_unshuffle(latent, self.patch_size)
+        tokens: Tensor = self.projection(latent.permute(0, 2, 3, 1))
+        return tokens
+
+
+class GLUMBConv(nn.Module):
+    """Mix-FFN: 1x1 to 2F, SiLU, depthwise 3x3, value * SiLU(gate), 1x1 to C without bias.
+
+    The depthwise output's first half is the value, its second the gate.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, 2 * hidden)
+        self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.project = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, h, w, C) -> (B, h, w, C)."""
+        x = F.silu(self.expand(x)).permute(0, 3, 1, 2)  # (B, 2F, h, w), channels-last memory
+        value, gate = self.depthwise(x).permute(0, 2, 3, 1).chunk(2, dim=-1)
+        projected: Tensor = self.project(value * F.silu(gate))
+        return projected
+
+
+class LinearSelfAttention(nn.Module):
+    """ReLU linear attention; with `qk_norm`, query and key pass RMSNorm over the full width first.
+
+    `qkv.weight` holds query, key and value in thirds; `output` has a bias, `qkv` none.
+    """
+
+    def __init__(
+        self, dim: int, head_dim: int, *, qk_norm: bool, eps: float, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.eps = eps
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.query_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        q = split_heads(self.query_norm(query), self.head_dim)
+        k = split_heads(self.key_norm(key), self.head_dim)
+        v = split_heads(value, self.head_dim)
+        mixed = linear_attention(q, k, v, eps=self.eps)
+        attended: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return attended
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention from image to text; `key_value.weight` holds both in halves."""
+
+    def __init__(self, dim: int, heads: int, *, qk_norm: bool, norm_eps: float) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.query_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B, N, D), text (B, T, D), bias from `mask_bias` -> (B, N, D)."""
+        key, value = self.key_value(text).chunk(2, dim=-1)
+        q = split_heads(self.query_norm(self.query(x)), self.head_dim)
+        k = split_heads(self.key_norm(key), self.head_dim)
+        v = split_heads(value, self.head_dim)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        attended: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return attended
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, N, H D) -> (B, H, N, D)."""
+    return torch.unflatten(x, -1, (-1, head_dim)).transpose(1, 2)
+
+
+def mask_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """mask (B, T), true where a token counts -> (B, 1, 1, T), added to attention scores.
+
+    Finite, so that a row without any token attends to all of them, as in the peer, without NaN.
+    """
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask.bool(), MASKED)[:, None, None, :]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive LayerNorm without learned affine: LN(x) (1 + scale) + shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def sinusoids(value: Tensor) -> Tensor:
+    """value (B,) -> (B, 256): cos and then sin of value * 10000^(-i / 128), in fp32."""
+    half = SINUSOIDS // 2
+    index = torch.arange(half, dtype=torch.float32, device=value.device)
+    angles = value.float()[:, None] * torch.exp(-math.log(10000) * index / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_table(
+    height: int, width: int, dim: int, *, base: int, scale: float, device: torch.device
+) -> Tensor:
+    """Sin-cos table (height, width, dim) in fp32: the first half of the channels encodes x.
+
+    Coordinates run from 0 to base / scale on any grid; each axis has dim / 4 frequencies, all sines
+    before all cosines, computed in fp64.
+    """
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def axis(count: int) -> Tensor:
+        places = torch.arange(count, dtype=torch.float64) / (count / base) / scale
+        angles = places[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (count, dim / 2)
+
+    x = axis(width)[None].expand(height, -1, -1)
+    y = axis(height)[:, None].expand(-1, width, -1)
+    return torch.cat([x, y], dim=-1).to(device=device, dtype=torch.float32)
