@@ -1,0 +1,111 @@
+"""Guidance, padding, the time convention, independence of the batch, on recording networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from numerics import assert_detects, assert_matches
+from sana.samplers import Text, guided, one_by_one
+
+LATENTS = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+TIMES = torch.tensor([0.9996663, 0.5, 0.25])
+
+
+def text(length: int, seed: int) -> Text:
+    states = torch.randn(1, length, 5, generator=torch.Generator().manual_seed(seed))
+    return Text(states=states, mask=torch.ones(1, length, dtype=torch.bool))
+
+
+class Network:
+    """A velocity that depends on everything, and a record of what was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, latent: Tensor, time: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        self.calls.append((latent, time, states, mask))
+        pooled = (states * mask[..., None]).sum((1, 2))
+        return latent.sin() * time[:, None, None, None] + pooled[:, None, None, None]
+
+
+def alone(conditioning: Text, times: Tensor = TIMES) -> Tensor:
+    count = len(LATENTS)
+    states = conditioning.states.expand(count, -1, -1)
+    return Network()(LATENTS, times, states, conditioning.mask.expand(count, -1))
+
+
+@pytest.mark.parametrize("lengths", [(7, 3), (3, 7), (5, 5)])
+def test_guidance_is_the_formula(lengths: tuple[int, int]) -> None:
+    conditional, unconditional = text(lengths[0], 1), text(lengths[1], 2)
+    v_c, v_u = alone(conditional), alone(unconditional)
+
+    def check(guidance: float) -> None:
+        got = guided(Network(), conditional, unconditional, guidance)(LATENTS, TIMES)
+        assert_matches(v_u + 4.5 * (v_c - v_u), got, 7e-7)  # floor 8e-8
+
+    check(4.5)
+    assert_detects(check, 4.51)
+
+
+def test_both_halves_in_one_call_unconditional_first() -> None:
+    network = Network()
+    conditional, unconditional = text(7, 1), text(3, 2)
+    guided(network, conditional, unconditional, 2.0)(LATENTS, TIMES)
+    [(latent, time, states, mask)] = network.calls
+    assert torch.equal(latent, torch.cat([LATENTS, LATENTS]))
+    assert torch.equal(time, torch.cat([TIMES, TIMES]))
+    assert states.shape == (6, 7, 5)
+    assert mask.sum(1).tolist() == [3, 3, 3, 7, 7, 7]
+    assert torch.equal(states[3], conditional.states[0])
+    assert torch.equal(states[0, :3], unconditional.states[0])
+    assert not states[0, 3:].any()
+
+
+@pytest.mark.parametrize("unconditional", [None, text(9, 2)])
+def test_guidance_one_runs_the_conditional_half_alone(unconditional: Text | None) -> None:
+    network = Network()
+    got = guided(network, text(7, 1), unconditional, 1.0)(LATENTS, TIMES)
+    assert len(network.calls[0][0]) == len(LATENTS)
+    assert torch.equal(got, alone(text(7, 1)))
+
+
+def test_guidance_without_something_to_guide_from_is_refused() -> None:
+    with pytest.raises(ValueError, match="guidance is 2"):
+        guided(Network(), text(7, 1), None, 2.0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_integer_times_reach_the_network_only(guidance: float) -> None:
+    network = Network()
+    guided(network, text(4, 1), text(4, 2), guidance, integer_times=True)(LATENTS, TIMES)
+    told = network.calls[0][1][:3]
+    assert told.tolist() == torch.tensor([0.999, 0.5, 0.25]).tolist()
+    network = Network()
+    guided(network, text(4, 1), text(4, 2), guidance)(LATENTS, TIMES)
+    assert torch.equal(network.calls[0][1][:3], TIMES)
+
+
+def test_velocity_has_the_latents_dtype() -> None:
+    def half(latent: Tensor, time: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        return latent.bfloat16()
+
+    for guidance in (1.0, 2.0):
+        got = guided(half, text(4, 1), text(4, 2), guidance)(LATENTS, TIMES)
+        assert got.dtype == torch.float32
+
+
+def test_text_for_each_latent_is_taken_as_it_is() -> None:
+    per_latent = Text(states=torch.randn(3, 4, 5), mask=torch.ones(3, 4, dtype=torch.bool))
+    network = Network()
+    guided(network, per_latent, None, 1.0)(LATENTS, TIMES)
+    assert torch.equal(network.calls[0][2], per_latent.states)
+
+
+def test_one_by_one_asks_about_one_at_a_time() -> None:
+    network = Network()
+    whole = guided(network, text(4, 1), None, 1.0)
+    got = one_by_one(whole)(LATENTS, TIMES)
+    assert [len(call[0]) for call in network.calls] == [1, 1, 1]
+    assert torch.equal(whole(LATENTS, TIMES), got)
