@@ -1,0 +1,44 @@
+"""`sana data`: make the data that models are trained on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+data = App(name="data", help="Make the data that models are trained on.")
+
+
+@data.command
+def stickers(
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="the pack file to write")],
+    sheet: Annotated[
+        Path | None, Parameter(help="folder for contact sheets of every object")
+    ] = None,
+) -> None:
+    """Build the sticker world's pack from its pinned packages."""
+    from sana.data.stickers.pack import build_pack
+
+    build_pack(output, report=lambda line: print(line, file=sys.stderr))
+    print(output)
+    if sheet is not None:
+        from sana.data.stickers.sheet import draw_sheets
+        from sana.data.stickers.sprites import load_world
+
+        for path in draw_sheets(load_world(output, avatars=1), sheet):
+            print(path)
+
+
+@data.command
+def perceptual(
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="the file to write")],
+) -> None:
+    """Collect the perceptual loss's weights from their two packages."""
+    from sana.training.perceptual import build
+
+    build(output)
+    print(output)

@@ -1,0 +1,71 @@
+"""The frozen surface: public names, fields and flags. A change here is a change for every user."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from cyclopts import Parameter
+
+import sana
+from sana.cli.data import stickers
+from sana.cli.generate import generate
+from sana.cli.info import info
+from sana.cli.main import VERBS
+from sana.cli.train import train
+from sana.request import Request
+
+
+def flags(command: Any) -> list[str]:
+    """Every flag of a command in order, positional arguments in capitals."""
+    found: list[str] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            found.append(parameter.name.upper())
+            continue
+        [how] = [
+            item
+            for item in getattr(parameter.annotation, "__metadata__", ())
+            if isinstance(item, Parameter)
+        ]
+        found += how.name or (f"--{parameter.name}",)
+    return found
+
+
+def test_public_names() -> None:
+    assert sorted(sana.__all__) == ["Pipeline", "Request", "__version__", "load", "presets"]
+    assert all(getattr(sana, name) for name in sana.__all__)
+    assert list(inspect.signature(sana.load).parameters) == ["name_or_path", "device", "dtype"]
+    public = [name for name in vars(sana.Pipeline) if not name.startswith("_")]
+    assert public == ["resolve", "steps", "generate", "fingerprint", "decode"]
+
+
+def test_request_fields() -> None:
+    assert list(Request.model_fields) == [
+        "prompt",
+        "negative_prompt",
+        "steps",
+        "guidance",
+        "seeds",
+        "count",
+        "width",
+        "height",
+        "sampler",
+        "shift",
+        "model",
+    ]
+
+
+def test_verbs() -> None:
+    assert list(VERBS) == ["generate", "info", "data", "train"]
+
+
+def test_flags() -> None:
+    assert flags(generate) == [
+        *("PROMPT", "--negative-prompt", "-n", "--steps", "--guidance", "--seed", "-s", "--count"),
+        *("--width", "-W", "--height", "-H", "--sampler", "--shift", "--model", "-m"),
+        *("--output", "-o", "--again", "--threads"),
+    ]
+    assert flags(info) == ["TARGET"]
+    assert flags(train) == ["RECIPE", "OVERRIDES"]
+    assert flags(stickers) == ["--output", "-o", "--sheet"]
