@@ -21,6 +21,7 @@ from sana.config import from_json, to_json
 from sana.errors import TrainingError
 from sana.training.config import TrainConfig, difference
 from sana.training.optim import Average
+from sana.weights.files import write_whole
 from sana.weights.load import assign
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def save(
         "average": None if average is None else (average.updates, average.shadow),
         "progress": {"step": progress.step, "skipped": progress.skipped},
     }
-    write_atomically(folder / "config.json", json.dumps(to_json(config), indent=1).encode())
-    folder.mkdir(parents=True, exist_ok=True)
+    write_whole({folder / "config.json": json.dumps(to_json(config), indent=1).encode()})
     partial = folder / "checkpoint.pt.partial"
     try:
         torch.save(state, partial)
@@ -95,13 +95,6 @@ def resume(
     progress.step = state["progress"]["step"]
     progress.skipped = state["progress"]["skipped"]
     log.warning("going on from step %d in %s", progress.step, folder)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> dict[str, Any]:

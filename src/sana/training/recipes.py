@@ -137,30 +137,14 @@ def sticker_256() -> TrainConfig:
 
 def sticker_512() -> TrainConfig:
     """Second stage: 512 px, 256 tokens, from the 256 px weights."""
-    return TrainConfig(
+    before = sticker_256()
+    return replace(
+        before,
         recipe="sticker-512",
-        task="flow",
-        model="sticker-512",
         steps=10000,
         init="runs/256/model",
-        precision="bf16",
-        compile=True,
-        ema=0.999,
-        save_every=2000,
-        log_every=50,
-        optimizer=OptimizerConfig(
-            rate=1.5e-3, beta2=0.98, weight_decay=0.01, warmup=200, decay=0.35
-        ),
-        data=DataConfig(
-            size=512,
-            batch=256,
-            chunk=8,
-            workers=8,
-            reuse=12,
-            ring=1 << 16,
-            tokens=48,
-            avatars=5000,
-        ),
+        optimizer=replace(before.optimizer, rate=1.5e-3, warmup=200, decay=0.35),
+        data=replace(before.data, size=512, batch=256, reuse=12, ring=1 << 16),
         flow=FlowConfig(shift=2.5),
     )
 

@@ -48,15 +48,11 @@ class AutoencoderTask:
         if config.autoencoder.perceptual:
             distance = perceptual.load(config.autoencoder.perceptual_file).to(place.device)
         self.generator = ReconstructionPhase(config, network, distance)
-        self.critic = CriticPhase(self.generator).to(place.device)
+        self.phases: Sequence[Any] = (self.generator,)
         if config.autoencoder.phase == "refine":
-            self.generator.critic = self.critic.module
-
-    @property
-    def phases(self) -> Sequence[Any]:
-        if self.config.autoencoder.phase == "refine":
-            return (self.generator, self.critic)
-        return (self.generator,)
+            critic = CriticPhase(self.generator).to(place.device)
+            self.generator.critic = critic.module
+            self.phases = (self.generator, critic)
 
     def dataset(self) -> Dataset[Any]:
         return SceneStream(
