@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.kernels.reference import linear_attention
+from sana.kernels.ops import linear_attention
 
 SINUSOIDS = 256
 MASKED = -10000.0

@@ -1,0 +1,255 @@
+"""ReLU linear attention in Triton, forward and backward (Sana, arXiv 2410.10629, eq. 2).
+
+Forward: S = relu(k)^T v and z = sum relu(k) in fp32, one pass over the tokens in `splits` parts;
+then out = relu(q) S / (relu(q) z + eps), a second pass. Backward is two passes of the same shape.
+Nothing of size N is kept but the inputs. Inputs stay in their dtype and are multiplied with fp32
+sums, so the result is the reference's up to the order of summation.
+
+Shape letters, as suffixes: B batch, H heads, N tokens, D head width, G = B x H, P parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_N = 64
+TOKENS_OF_A_PART = 1024
+WIDTHS = (16, 32, 64, 128)
+
+
+@triton.jit
+def _sum_keys(
+    k_ptr, v_ptr, state_ptr, norm_ptr, H, N, P,
+    kB, kH, kN, vB, vH, vN,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """State (G, P, D, D) and norm (G, P, D) of each part of PART tokens."""
+    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = group // H, group % H
+    d = tl.arange(0, D)
+    k_ptr += batch * kB + head * kH
+    v_ptr += batch * vB + head * vH
+    state = tl.zeros((D, D), tl.float32)
+    norm = tl.zeros((D,), tl.float32)
+    for start in range(0, PART, BLOCK_N):
+        n = (part * PART + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = (n < N)[:, None]
+        k = tl.load(k_ptr + n[:, None] * kN + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + n[:, None] * vN + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        k = tl.where(k > 0, k, 0.0)
+        state += tl.dot(tl.trans(k), v, input_precision=EXACT)
+        norm += tl.sum(k, 0)
+    place = group * P + part
+    tl.store(state_ptr + place * D * D + d[:, None] * D + d[None, :], state)
+    tl.store(norm_ptr + place * D + d, norm)
+
+
+@triton.jit
+def _apply_queries(
+    q_ptr, state_ptr, norm_ptr, out_ptr, H, N, P, eps,
+    qB, qH, qN, oB, oH, oN,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out = relu(q) S / (relu(q) z + eps) for one block of tokens."""
+    group, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = group // H, group % H
+    d = tl.arange(0, D)
+    state, norm = _whole_state(state_ptr, norm_ptr, group, P, D)
+    n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inside = (n < N)[:, None]
+    at = batch * qB + head * qH + n[:, None] * qN + d[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    q = tl.where(q > 0, q, 0.0)
+    total = tl.sum(q * norm[None, :], 1) + eps
+    out = tl.dot(q, state, input_precision=WIDE) / total[:, None]
+    at = batch * oB + head * oH + n[:, None] * oN + d[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _whole_state(state_ptr, norm_ptr, group, P, D: tl.constexpr):
+    """Sums over the parts: (D, D) and (D,)."""
+    d = tl.arange(0, D)
+    state = tl.zeros((D, D), tl.float32)
+    norm = tl.zeros((D,), tl.float32)
+    for part in range(P):
+        place = group * P + part
+        state += tl.load(state_ptr + place * D * D + d[:, None] * D + d[None, :])
+        norm += tl.load(norm_ptr + place * D + d)
+    return state, norm
+
+
+@triton.jit
+def _query_gradients(
+    q_ptr, g_ptr, state_ptr, norm_ptr, dq_ptr, dstate_ptr, dnorm_ptr, H, N, P, eps,
+    qB, qH, qN, gB, gH, gN, dB, dH, dN,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dq, and of each part of PART tokens the gradients of state and norm.
+
+    With c = relu(q) z + eps and g the gradient of out: u = g / c, w = -(g . out) / c;
+    dq = [q > 0] (u S^T + w z), dS = relu(q)^T u, dz = sum w relu(q).
+    """
+    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = group // H, group % H
+    d = tl.arange(0, D)
+    state, norm = _whole_state(state_ptr, norm_ptr, group, P, D)
+    dstate = tl.zeros((D, D), tl.float32)
+    dnorm = tl.zeros((D,), tl.float32)
+    for start in range(0, PART, BLOCK_N):
+        n = (part * PART + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = (n < N)[:, None]
+        at = batch * qB + head * qH + n[:, None] * qN + d[None, :]
+        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        q = tl.where(q > 0, q, 0.0)
+        at = batch * gB + head * gH + n[:, None] * gN + d[None, :]
+        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total = tl.sum(q * norm[None, :], 1) + eps
+        out = tl.dot(q, state, input_precision=EXACT) / total[:, None]
+        u = g / total[:, None]
+        w = -tl.sum(g * out, 1) / total
+        dq = tl.dot(u, tl.trans(state), input_precision=EXACT) + w[:, None] * norm[None, :]
+        at = batch * dB + head * dH + n[:, None] * dN + d[None, :]
+        dq = tl.where(q > 0, dq, 0.0)
+        tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+        dstate += tl.dot(tl.trans(q), u, input_precision=EXACT)
+        dnorm += tl.sum(q * w[:, None], 0)
+    place = group * P + part
+    tl.store(dstate_ptr + place * D * D + d[:, None] * D + d[None, :], dstate)
+    tl.store(dnorm_ptr + place * D + d, dnorm)
+
+
+@triton.jit
+def _key_gradients(
+    k_ptr, v_ptr, dstate_ptr, dnorm_ptr, dk_ptr, dv_ptr, H, N, P,
+    kB, kH, kN, vB, vH, vN, dB, dH, dN,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dk = [k > 0] (v dS^T + dz) and dv = relu(k) dS for one block of tokens."""
+    group, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = group // H, group % H
+    d = tl.arange(0, D)
+    dstate, dnorm = _whole_state(dstate_ptr, dnorm_ptr, group, P, D)
+    n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inside = (n < N)[:, None]
+    at = batch * kB + head * kH + n[:, None] * kN + d[None, :]
+    k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    k = tl.where(k > 0, k, 0.0)
+    at = batch * vB + head * vH + n[:, None] * vN + d[None, :]
+    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dk = tl.dot(v, tl.trans(dstate), input_precision=EXACT) + dnorm[None, :]
+    dk = tl.where(k > 0, dk, 0.0)
+    dv = tl.dot(k, dstate, input_precision=EXACT)
+    at = batch * dB + head * dH + n[:, None] * dN + d[None, :]
+    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these kernels take the inputs: one dtype of at most 32 bits, a width they know."""
+    alike = q.dtype == k.dtype == v.dtype and q.shape == k.shape == v.shape
+    return alike and q.dtype.itemsize <= 4 and q.is_floating_point() and q.shape[-1] in WIDTHS
+
+
+@torch.library.custom_op("sana::linear_attention", mutates_args=())
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, N, D) -> out (B, H, N, D) in v's dtype, state (G, P, D, D), norm (G, P, D).
+
+    `out` is a view of (B, N, H, D) memory, so that joining the heads costs nothing.
+    """
+    q, k, v = (_last_is_dense(x) for x in (q, k, v))
+    B, H, N, D = q.shape
+    parts, part = _parts(N)
+    state = q.new_empty((B * H, parts, D, D), dtype=torch.float32)
+    norm = q.new_empty((B * H, parts, D), dtype=torch.float32)
+    _sum_keys[(B * H, parts)](
+        k, v, state, norm, H, N, parts, *k.stride()[:3], *v.stride()[:3],
+        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=_exact(q), num_warps=2,
+    )  # fmt: skip
+    out = _token_major(v)
+    _apply_queries[(B * H, triton.cdiv(N, BLOCK_N))](
+        q, state, norm, out, H, N, parts, eps, *q.stride()[:3], *out.stride()[:3],
+        D=D, BLOCK_N=BLOCK_N, WIDE=_wide(q), num_warps=2,
+    )  # fmt: skip
+    return out, state, norm
+
+
+@linear_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, D = q.shape
+    parts, _ = _parts(N)
+    state = q.new_empty((B * H, parts, D, D), dtype=torch.float32)
+    return _token_major(v), state, q.new_empty((B * H, parts, D), dtype=torch.float32)
+
+
+@torch.library.custom_op("sana::linear_attention_backward", mutates_args=())
+def linear_attention_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each a view of (B, N, H, D) memory."""
+    g, q, k, v = (_last_is_dense(x) for x in (g, q, k, v))
+    B, H, N, D = q.shape
+    parts, part = _parts(N)
+    dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
+    dstate, dnorm = torch.empty_like(state), torch.empty_like(norm)
+    _query_gradients[(B * H, parts)](
+        q, g, state, norm, dq, dstate, dnorm, H, N, parts, eps,
+        *q.stride()[:3], *g.stride()[:3], *dq.stride()[:3],
+        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=_exact(q), num_warps=4,
+    )  # fmt: skip
+    _key_gradients[(B * H, triton.cdiv(N, BLOCK_N))](
+        k, v, dstate, dnorm, dk, dv, H, N, parts,
+        *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
+        D=D, BLOCK_N=BLOCK_N, EXACT=_exact(q), num_warps=2,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@linear_attention_backward.register_fake
+def _(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _token_major(q), _token_major(k), _token_major(v)
+
+
+def _keep(ctx, inputs, output) -> None:
+    q, k, v, ctx.eps = inputs
+    _, state, norm = output
+    ctx.mark_non_differentiable(state, norm)
+    ctx.save_for_backward(q, k, v, state, norm)
+
+
+def _differentiate(ctx, g, _state, _norm):
+    return *linear_attention_backward(g, *ctx.saved_tensors, ctx.eps), None
+
+
+linear_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _parts(N: int) -> tuple[int, int]:
+    """How many parts the tokens are summed in, and how many tokens one has."""
+    part = min(TOKENS_OF_A_PART, triton.cdiv(N, BLOCK_N) * BLOCK_N)
+    return triton.cdiv(N, part), part
+
+
+def _exact(x: Tensor) -> str:
+    """How products are taken: tf32's ten bits hold a 16-bit float's mantissa without loss."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _wide(x: Tensor) -> str:
+    """The same where one factor is an fp32 sum."""
+    return "ieee" if x.dtype == torch.float32 else "tf32x3"
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """An empty (B, H, N, D) over (B, N, H, D) memory."""
+    B, H, N, D = x.shape
+    return x.new_empty((B, N, H, D)).transpose(1, 2)
+
+
+def _last_is_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,119 @@
+"""The Triton kernels against the reference, in triton's interpreter on a CPU or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from numerics import assert_detects, assert_matches
+from sana.kernels import ops, reference
+
+pytest.importorskip("triton", reason="triton is made for Linux only")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-15
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def parts_of(tokens: int) -> Iterator[None]:
+    """Sums over several parts, which otherwise only long sequences have."""
+    from sana.kernels import linear_attention as fast
+
+    before, fast.TOKENS_OF_A_PART = fast.TOKENS_OF_A_PART, tokens
+    try:
+        yield
+    finally:
+        fast.TOKENS_OF_A_PART = before
+
+
+def draw(tokens: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v as views of one (B, N, 3 H D) product, as the network makes them, and a gradient."""
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(2, tokens, 3 * 3 * dim, generator=generator) + 0.5
+    g = torch.randn(2, 3, tokens, dim, generator=generator)
+    heads = [x.unflatten(-1, (3, dim)).transpose(1, 2) for x in qkv.to(DEVICE, dtype).chunk(3, -1)]
+    return *heads, g.to(DEVICE, dtype)
+
+
+def both_ways(attend: Attend, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The result and the gradients of q, k and v."""
+    *qkv, g = inputs
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    out = attend(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, g)
+
+
+def triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with ops.force("triton"):
+        return ops.linear_attention(q, k, v, eps=EPS)
+
+
+def with_a_louder_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scale = torch.ones_like(k)
+    scale[..., 0] = 1.01
+    return triton(q, k * scale, v)
+
+
+# Floors: 1.3e-6 in fp32 (the gradient of q cancels); in bf16 the interpreter cuts where a GPU
+# rounds, which doubles the error of 1.7e-3 that the output's own digits leave.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 7e-3)])
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 32), (63, 16), (100, 64), (200, 32)])
+def test_equals_the_reference(tokens: int, dim: int, dtype: torch.dtype, bound: float) -> None:
+    inputs = draw(tokens, dim, dtype)
+    exact = both_ways(
+        lambda q, k, v: reference.linear_attention(q, k, v, eps=EPS), *(x.double() for x in inputs)
+    )
+
+    def check(attend: Attend) -> None:
+        for expected, got in zip(exact, both_ways(attend, *inputs), strict=True):
+            assert_matches(expected.to(dtype), got, bound)
+
+    check(triton)
+    if dtype == torch.float32:
+        assert_detects(check, with_a_louder_key)
+
+
+def test_parts_are_summed() -> None:
+    inputs = draw(150, 32, torch.float32)
+    whole = both_ways(triton, *inputs)
+    with parts_of(64):
+        pieces = both_ways(triton, *inputs)
+    for expected, got in zip(whole, pieces, strict=True):
+        assert_matches(expected, got, 5e-6)  # floor 7e-7
+
+
+def test_one_token_gives_its_value() -> None:
+    q, k, v, _ = draw(1, 32, torch.float32)
+    assert_matches(v, triton(q.abs() + 1, k.abs() + 1, v), 1e-6)  # floor 1e-7
+
+
+def test_heads_are_joined_without_a_copy() -> None:
+    q, k, v, _ = draw(5, 32, torch.float32)
+    out = triton(q, k, v)
+    assert out.shape == v.shape and out.transpose(1, 2).is_contiguous()
+
+
+def test_shapes_that_the_kernels_do_not_know_go_to_the_reference() -> None:
+    q = torch.rand(1, 2, 4, 24)
+    double = torch.rand(1, 2, 4, 32, dtype=torch.float64)
+    for x in (q, double):
+        assert torch.equal(triton(x, x, x), reference.linear_attention(x, x, x, eps=EPS))
+
+
+def test_force_is_undone() -> None:
+    with pytest.raises(KeyError), ops.force("triton"):
+        assert ops.uses_triton(torch.zeros(1))
+        raise KeyError
+    assert not ops.uses_triton(torch.zeros(1))
+
+
+def test_a_compiled_caller_differentiates_through_the_kernels() -> None:
+    inputs = draw(20, 32, torch.float32)
+    compiled = torch.compile(triton, backend="aot_eager", fullgraph=True)
+    for expected, got in zip(both_ways(triton, *inputs), both_ways(compiled, *inputs), strict=True):
+        assert_matches(expected, got, 1e-6)  # floor 0
