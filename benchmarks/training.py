@@ -10,6 +10,7 @@ ten profiled steps, by time on the device and by time on the host.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,8 @@ PROFILED, ROWS = 10, 25
 
 def main(recipe: str, changes: list[str]) -> None:
     """Profile `recipe` with its key=value `changes`; `steps` should be over 30."""
-    config = plan(recipe, [*changes, "ema=0.999", "save_every=1000000", "folder=/tmp/profiled-run"])
+    folder = tempfile.mkdtemp(prefix="profiled-run-")
+    config = plan(recipe, ["save_every=1000000", f"folder={folder}", *changes])
     warm = config.steps - PROFILED - 2
     with distributed.session() as place:
         task = make_task(config, place)

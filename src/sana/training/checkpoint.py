@@ -46,14 +46,14 @@ def save(
     folder: Path,
     config: TrainConfig,
     task: Task,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Sequence[torch.optim.Optimizer]],
     average: Average | None,
     progress: Progress,
 ) -> None:
     """Write `folder/checkpoint.pt` and `folder/config.json` atomically."""
     state = {
         "modules": [distributed.unwrap(p.module).state_dict() for p in task.phases],
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizers": [[part.state_dict() for part in parts] for parts in optimizers],
         "average": None if average is None else (average.updates, average.shadow),
         "progress": {"step": progress.step, "skipped": progress.skipped},
     }
@@ -74,7 +74,7 @@ def resume(
     folder: Path,
     config: TrainConfig,
     task: Task,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Sequence[torch.optim.Optimizer]],
     average: Average | None,
     progress: Progress,
 ) -> None:
@@ -86,8 +86,9 @@ def resume(
     state = _read(path)
     for phase, tensors in zip(task.phases, state["modules"], strict=True):
         assign(phase.module, tensors, str(path))
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    for parts, saved in zip(optimizers, state["optimizers"], strict=True):
+        for optimizer, values in zip(parts, saved, strict=True):
+            optimizer.load_state_dict(values)
     if average is not None:
         average.updates, shadow = state["average"]
         for name, value in shadow.items():

@@ -20,8 +20,12 @@ TaskName = Literal["autoencoder", "grounding", "flow", "detector"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up, a constant rate, and a linear decay to zero over the last part."""
+    """Warm-up, a constant rate, and a linear decay to zero over the last part."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices by Muon, everything else by AdamW."""
+    momentum: float = 0.95
+    """Of Muon alone."""
     rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.99

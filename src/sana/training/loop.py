@@ -27,7 +27,7 @@ from sana.errors import TrainingError
 from sana.training import checkpoint
 from sana.training.config import TrainConfig
 from sana.training.journal import Journal
-from sana.training.optim import Average, make_adamw, rate_factor, set_rate
+from sana.training.optim import Average, make_optimizers, rate_factor, set_rate
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def train(config: TrainConfig, task: Task, place: Place) -> Progress:
     Raises TrainingError when `stop_after_bad` steps in a row gave a non-finite gradient.
     """
     folder = Path(config.folder)
-    optimizers = [make_adamw(_trained(phase.module), config.optimizer) for phase in task.phases]
+    optimizers = [make_optimizers(phase.module, config.optimizer) for phase in task.phases]
     average = Average(task.phases[0].module, config.ema) if config.ema else None
     progress = Progress()
     checkpoint.resume(folder, config, task, optimizers, average, progress)
@@ -135,7 +135,8 @@ class _Run:
     config: TrainConfig
     task: Task
     place: Place
-    optimizers: list[torch.optim.AdamW]
+    optimizers: list[list[torch.optim.Optimizer]]
+    """Those of each phase."""
     average: Average | None
     progress: Progress
     journal: Journal
@@ -198,20 +199,21 @@ class _Run:
     def _step(self, batches: list[tuple[Any, torch.Generator]]) -> None:
         """One step of every phase; a gradient that is not finite leaves the weights as they are.
 
-        The decision is made on the device (`found_inf` of the fused optimizer), so that the host
+        The decision is made on the device (`found_inf` of the optimizers), so that the host
         never waits; `_report` reads how many steps were skipped.
         """
         progress, config = self.progress, self.config
         factor = rate_factor(progress.step, self.planned, config.optimizer)
         bad = torch.zeros((), device=self.place.device)
-        for phase, optimizer in zip(self.task.phases, self.optimizers, strict=True):
+        for phase, optimizers in zip(self.task.phases, self.optimizers, strict=True):
             self._accumulate(phase, batches)
             norm = nn.utils.clip_grad_norm_(_trained(phase.module), config.optimizer.clip)
             is_bad = (~torch.isfinite(norm)).float()
-            optimizer.found_inf = is_bad  # type: ignore[attr-defined]
-            set_rate(optimizer, config.optimizer.rate * factor)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+                set_rate(optimizer, config.optimizer.rate * factor)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             bad = torch.maximum(bad, is_bad)
             self._note(f"{phase.name}/gradient_norm", norm.nan_to_num(0, 0, 0))
         progress.count += 1
@@ -245,7 +247,7 @@ class _Run:
         values = torch.stack([progress.means[n] / progress.count for n in names])
         values = distributed.mean_over_processes(values, self.place)
         scalars = dict(zip(names, values.tolist(), strict=True))
-        scalars["rate"] = self.optimizers[0].param_groups[0]["lr"]
+        scalars["rate"] = self.optimizers[0][0].param_groups[0]["lr"]
         scalars["skipped"] = progress.skipped
         speed = self.journal.scalars(progress.step, self.planned, scalars, seconds)
         progress.means, progress.count = {}, 0

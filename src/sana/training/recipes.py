@@ -40,7 +40,9 @@ def sticker_autoencoder() -> TrainConfig:
         ema=0.998,
         save_every=1000,
         log_every=50,
-        optimizer=OptimizerConfig(rate=1e-3, beta2=0.99, weight_decay=0.001, warmup=200, decay=0.4),
+        optimizer=OptimizerConfig(
+            kind="muon", rate=1e-3, beta2=0.99, weight_decay=0.001, warmup=200, decay=0.6
+        ),
         data=DataConfig(size=512, crop=256, batch=64, chunk=8, workers=8, avatars=5000),
         autoencoder=AutoencoderConfig(perceptual=0.02, perceptual_crop=64, squared=4.0),
     )
@@ -119,7 +121,7 @@ def sticker_256() -> TrainConfig:
         save_every=2000,
         log_every=50,
         optimizer=OptimizerConfig(
-            rate=1.2e-3, beta2=0.98, weight_decay=0.01, warmup=300, decay=0.0
+            kind="muon", rate=1.2e-3, beta2=0.98, weight_decay=0.01, warmup=300, decay=0.0
         ),
         data=DataConfig(
             size=256,
@@ -143,8 +145,8 @@ def sticker_512() -> TrainConfig:
         recipe="sticker-512",
         steps=10000,
         init="runs/256/model",
-        optimizer=replace(before.optimizer, rate=1.5e-3, warmup=200, decay=0.35),
-        data=replace(before.data, size=512, batch=256, reuse=12, ring=1 << 16),
+        optimizer=replace(before.optimizer, rate=1.5e-3, warmup=200, decay=0.5),
+        data=replace(before.data, size=512, batch=256, reuse=24, ring=1 << 16),
         flow=FlowConfig(shift=2.5),
     )
 

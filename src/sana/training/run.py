@@ -18,7 +18,7 @@ from sana.data.stickers.tiny import tiny_world
 from sana.data.stickers.world import World
 from sana.distributed import Place
 from sana.errors import TrainingError
-from sana.models.dcae import DCAE, Down, ResBlock, Up
+from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.models.text import MiniLM
 from sana.training.config import DataConfig, TrainConfig
@@ -74,7 +74,9 @@ def _autoencoder(config: TrainConfig, model: ModelConfig, studio: Studio, place:
         weights.assign(network, source.state_dict(), config.init)
         network.config = source.config
     if config.compile:
-        _compile([m for m in network.modules() if isinstance(m, ResBlock | Down | Up)])
+        # Whole halves: block by block, fourteen shapes took twice as long to compile, and looking
+        # for the right one at each call kept the GPU waiting for a third of the time.
+        _compile([network.encoder, network.decoder])
     return AutoencoderTask(config, model, network, studio, place)
 
 
@@ -154,7 +156,7 @@ def _detector(config: TrainConfig, studio: Studio, place: Place) -> Task:
 
 
 def _compile(modules: list[Any]) -> None:
-    """Compile block by block: alike blocks share one compilation."""
+    """Compile each of the modules; those of one class and shape share a compilation."""
     torch._dynamo.config.cache_size_limit = 64
     for module in modules:
         module.compile(dynamic=False)

@@ -88,8 +88,7 @@ def _load(
             sprites = _stack(mapped(draw_sprite, sources), len(sources), SPRITE_SIZE)
             portraits = _stack(mapped(draw_avatar, drawings), len(drawings), AVATAR_SIZE)
         for path, pictures in zip(kept, (sprites, portraits), strict=False):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, pictures)
+            _save_whole(path, pictures)
     return World(
         concepts=concepts,
         styles=tuple(manifest["styles"]),
@@ -100,6 +99,15 @@ def _load(
         avatar_images=torch.from_numpy(portraits),
         version=manifest["version"],
     )
+
+
+def _save_whole(path: Path, pictures: Pixels) -> None:
+    """Write an array that other processes may be waiting to read: it appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with partial.open("wb") as file:
+        np.save(file, pictures)
+    os.replace(partial, path)
 
 
 def _concept(row: dict[str, Any]) -> Concept:

@@ -27,6 +27,8 @@ from sana.training.config import TrainConfig
 from sana.weights.save import save
 
 SAMPLES = 8
+CROPS = 4
+"""Crops of each picture in a batch: drawing two for each took a fifth of the GPU's time."""
 
 
 class AutoencoderTask:
@@ -79,9 +81,9 @@ class AutoencoderTask:
         return images.contiguous(memory_format=torch.channels_last)
 
     def _scenes(self) -> int:
-        """Pictures of a micro-batch; two crops are taken from each."""
+        """Pictures of a micro-batch; `CROPS` crops are taken from each."""
         micro = self.config.data.batch // self.config.data.accumulate
-        return max(1, micro // 2) if self.config.data.crop else micro
+        return max(1, micro // CROPS) if self.config.data.crop else micro
 
     @torch.no_grad()
     def sample(self) -> Tensor:

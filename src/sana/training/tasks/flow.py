@@ -117,8 +117,9 @@ class FlowTask:
             device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
         ):
             latents = self.autoencoder.normalize(self.autoencoder.encode(images).float())
-            mask = item.mask.to(device)
-            states = self.text.states(item.ids.to(device), mask)
+            mask = item.mask.to(device, non_blocking=True)
+            ids = item.ids.to(device, non_blocking=True)
+            states = self.text.states(ids, mask)
         keep = torch.float16 if device.type == "cuda" else torch.float32
         return FlowBatch(latents.contiguous().to(keep), states.to(keep), mask)
 
