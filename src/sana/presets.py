@@ -21,6 +21,7 @@ from sana.config import (
     SamplingConfig,
     StageConfig,
     TextConfig,
+    with_reference,
 )
 from sana.errors import RequestError
 
@@ -184,6 +185,7 @@ def _official(
         pixels=pixels,
         max_pixels=2 * pixels,
     )
+    config = with_reference(config, "nvidia")
     owner = "Efficient-Large-Model"
     license_text = SPRINT if dit.guidance_embedding else NVIDIA
     return name, Preset(

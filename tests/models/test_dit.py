@@ -210,6 +210,35 @@ def test_text_may_be_embedded_once() -> None:
     assert torch.equal(got, inputs.run(network))
 
 
+def test_perturbed_blocks_are_the_chosen_ones() -> None:
+    """Equal to a network whose block 1 has an identity for attention, for the last samples only."""
+    network, inputs = build(NORMED), Inputs(NORMED)
+    embedded = network.embed_text(inputs.text, inputs.mask)
+    plain = inputs.run(network)
+
+    def run(blocks: tuple[int, ...], perturbed: int) -> Tensor:
+        return network.denoise(
+            inputs.latent,
+            inputs.time,
+            embedded,
+            inputs.mask,
+            perturbed=perturbed,
+            perturbed_blocks=blocks,
+        )
+
+    assert torch.equal(run((), 2), plain)
+    other = build(NORMED)
+    attention = other.blocks[1].attention
+    attention.forward = lambda x, perturbed=0: attention.output(attention.qkv(x).chunk(3, -1)[2])
+    expected = torch.cat([plain[:1], inputs.run(other)[1:]])
+
+    def check(blocks: tuple[int, ...]) -> None:
+        assert_matches(expected, run(blocks, 2), 4e-15)  # floor 4.0e-16
+
+    check((1,))
+    assert_detects(check, (0,))
+
+
 def test_patches_keep_their_place() -> None:
     """Without attention, text and convolution, a patch of latent moves only its own patch."""
     network = build(PATCHED)
