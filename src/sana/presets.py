@@ -162,8 +162,7 @@ _1600M_NORMED = replace(_1600M, qk_norm=True)
 _4800M_NORMED = replace(_1600M_NORMED, depth=60)
 _600M_SPRINT = replace(_600M, qk_norm=True, guidance_embedding=True)
 _1600M_SPRINT = replace(_1600M_NORMED, guidance_embedding=True)
-# Sprint's own sampler (SCM) comes with the checkpoints; until then Euler stands in its place.
-_SPRINT = SamplingConfig(shift=1.0, steps=2, sampler="euler", integer_times=False)
+_SPRINT = SamplingConfig(shift=1.0, steps=2, sampler="scm", integer_times=False)
 
 
 def _official(
