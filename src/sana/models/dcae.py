@@ -16,7 +16,6 @@ than needed: sums and activations are written in place, and norms go through a m
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +100,9 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(channels_last(images))
-        for layer in chain.from_iterable(self.stages):
-            x = layer(x)
+        for stage in self.stages:
+            for layer in stage.children():
+                x = layer(x)
         latent: Tensor = self.head(x)
         return latent + average_channels(x, latent.shape[1])
 
@@ -133,8 +133,9 @@ class Decoder(nn.Module):
         latent = channels_last(latent)
         x = self.stem(latent)
         x = x + repeat_channels(latent, x.shape[1])
-        for layer in chain.from_iterable(reversed(self.stages)):
-            x = layer(x)
+        for stage in reversed(list(self.stages)):
+            for layer in stage.children():
+                x = layer(x)
         x = self.norm(x)
         images: Tensor = self.head(activate(self.activation, x))
         return images

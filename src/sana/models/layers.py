@@ -84,8 +84,10 @@ class GLUMBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
-        x = F.silu(self.expand(x)).permute(0, 3, 1, 2)  # (B, 2F, h, w), channels-last memory
-        value, gate = self.depthwise(x).permute(0, 2, 3, 1).chunk(2, dim=-1)
+        # One name for all of it, so that no map of 2F channels outlives its use.
+        x = F.silu(self.expand(x), inplace=not torch.is_grad_enabled())
+        x = self.depthwise(x.permute(0, 3, 1, 2))  # (B, 2F, h, w), channels-last memory
+        value, gate = x.permute(0, 2, 3, 1).chunk(2, dim=-1)
         projected: Tensor = self.project(value * F.silu(gate))
         return projected
 
