@@ -37,7 +37,9 @@ def test_public_names() -> None:
     assert all(getattr(sana, name) for name in sana.__all__)
     assert list(inspect.signature(sana.load).parameters) == ["name_or_path", "device", "dtype"]
     public = [name for name in vars(sana.Pipeline) if not name.startswith("_")]
-    assert public == ["resolve", "steps", "generate", "fingerprint", "decode"]
+    assert public == [
+        *("resolve", "steps", "generate", "finish", "fingerprint", "decode", "encode"),
+    ]
 
 
 def test_request_fields() -> None:
@@ -50,8 +52,23 @@ def test_request_fields() -> None:
         "count",
         "width",
         "height",
+        "binning",
         "sampler",
         "shift",
+        "guidance_interval",
+        "pag_scale",
+        "pag_blocks",
+        "image",
+        "strength",
+        "mask",
+        "feather",
+        "control",
+        "control_detector",
+        "control_scale",
+        "control_start",
+        "control_end",
+        "loras",
+        "lora_scales",
         "model",
     ]
 
@@ -62,9 +79,13 @@ def test_verbs() -> None:
 
 def test_flags() -> None:
     assert flags(generate) == [
-        *("PROMPT", "--negative-prompt", "-n", "--steps", "--guidance", "--seed", "-s", "--count"),
-        *("--width", "-W", "--height", "-H", "--sampler", "--shift", "--model", "-m"),
-        *("--output", "-o", "--again", "--threads"),
+        *("PROMPT", "--negative-prompt", "-n", "--seed", "-s", "--count"),
+        *("--width", "-W", "--height", "-H", "--binning"),
+        *("--image", "-i", "--strength", "--mask", "--feather"),
+        *("--control", "--control-detector", "--control-scale", "--control-start", "--control-end"),
+        *("--steps", "--guidance", "--sampler", "--shift", "--guidance-interval"),
+        *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
+        *("--output", "-o", "--again", "--device", "--dtype", "--threads"),
     ]
     assert flags(info) == ["TARGET"]
     assert flags(train) == ["RECIPE", "OVERRIDES"]

@@ -207,6 +207,8 @@ class ModelConfig:
     """Default side of a picture."""
     max_pixels: int = 1024
     """Largest side the model may be asked for."""
+    trained_on_bins: bool = False
+    """Whether training saw the published aspect-ratio table, so that drawing keeps to it."""
     reference: Reference = "nvidia"
     """Whose conventions hold where the two public implementations differ (docs/models.md)."""
     controlnet: ControlNetConfig | None = None

@@ -13,6 +13,7 @@ from typing import Literal
 from sana.config import (
     Activation,
     BlockKind,
+    ControlNetConfig,
     DCAEConfig,
     DiTConfig,
     ModelConfig,
@@ -183,6 +184,7 @@ def _official(
         sampling=sampling or SamplingConfig(),
         pixels=pixels,
         max_pixels=2 * pixels,
+        trained_on_bins=True,
     )
     config = with_reference(config, "nvidia")
     owner = "Efficient-Large-Model"
@@ -241,12 +243,23 @@ _TINY = ModelConfig(
     sampling=SamplingConfig(steps=2, integer_times=False),
     pixels=64,
 )
+_TINY_SPRINT = replace(
+    _TINY,
+    name="tiny-sprint",
+    dit=replace(_TINY.dit, guidance_embedding=True),
+    sampling=_SPRINT,
+)
+_TINY_CONTROLNET = replace(
+    _TINY, name="tiny-controlnet", controlnet=ControlNetConfig(dit=_TINY.dit, depth=1)
+)
 
 _F16: Precision = "fp16"
 _SHIFTED = SamplingConfig(shift=6.0)
 PRESETS: dict[str, Preset] = {
     "sticker-512": Preset(config=_STICKER, source="package", license=OURS),
     "tiny": Preset(config=_TINY, source="random", license=OURS),
+    "tiny-sprint": Preset(config=_TINY_SPRINT, source="random", license=OURS),
+    "tiny-controlnet": Preset(config=_TINY_CONTROLNET, source="random", license=OURS),
 } | dict(
     [
         _official("sana-600m-512", "Sana_600M_512px", _600M, 512, precision=_F16),

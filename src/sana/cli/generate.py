@@ -1,4 +1,4 @@
-"""`sana generate`: a sentence in, PNG files out.
+"""`sana generate`: a sentence, and pictures to start from, in; PNG files out.
 
 Flags come from `Request`; progress goes to stderr, and the path of each file to stdout as soon as
 it is written. All that can be refused is refused before torch is imported.
@@ -12,19 +12,22 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from PIL import Image
 
 from sana import __version__
-from sana.cli.flags import parameters
+from sana.cli.again import earlier_request, earlier_threads, warn_of_changes
+from sana.cli.flags import FILES, MODEL, PICTURE, parameters
 from sana.errors import RequestError
-from sana.pipelines.images import read_metadata, save_png
+from sana.pipelines.images import save_png
+from sana.pipelines.reading import digests, read_pictures
 from sana.request import PROMPT_LIMIT, RULES, Request
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.progress import Progress
 
     from sana.pipelines.pipeline import Pipeline
@@ -32,40 +35,68 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "sana-{slug}-{seed}.png"
 PLACEHOLDERS = ("seed", "slug")
 THREAD_LIMIT = 1024
+Precision = Literal["float32", "bfloat16", "float16"]
+Output = Annotated[
+    str | None,
+    Parameter(
+        name=["--output", "-o"], help="a file, a folder, or a pattern with {seed}", group=FILES
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where and in which numbers a picture is drawn."""
+
+    device: str
+    dtype: Precision
+    threads: int | None
 
 
 def generate(
-    prompt: Annotated[str | None, Parameter(help="what to draw; - reads it from stdin")] = None,
+    prompt: Annotated[
+        str | None, Parameter(help="what to draw; - reads it from stdin", group=PICTURE)
+    ] = None,
     /,
     *,
-    output: Annotated[
-        str | None,
-        Parameter(name=["--output", "-o"], help="a file, a folder, or a pattern with {seed}"),
-    ] = None,
+    output: Output = None,
     again: Annotated[
-        Path | None, Parameter(help="make this PNG again; other flags change its request")
+        Path | None,
+        Parameter(help="make this PNG again; other flags change its request", group=FILES),
     ] = None,
-    threads: Annotated[int | None, Parameter(help="CPU threads [default: all cores]")] = None,
+    device: Annotated[
+        str | None, Parameter(help="cpu, cuda, cuda:1 or mps [default: cpu]", group=MODEL)
+    ] = None,
+    dtype: Annotated[
+        Precision | None, Parameter(help="number format [default: float32]", group=MODEL)
+    ] = None,
+    threads: Annotated[
+        int | None, Parameter(help="CPU threads [default: all cores]", group=MODEL)
+    ] = None,
     **fields: Any,
 ) -> None:
-    """Draw pictures from a sentence.
+    """Draw pictures from a sentence, from another picture, or both.
 
     Without --output a picture is written to ./sana-{slug}-{seed}.png; no file is ever replaced.
     """
-    made = read_metadata(again) if again is not None else {}
-    request = _request(prompt, made, fields)
-    threads = _thread_count(threads, made)
+    given = {name: value for name, value in fields.items() if value is not None}
+    if prompt is not None:
+        given["prompt"] = _read_stdin() if prompt == "-" else prompt
+    made, given = earlier_request(again, given)
+    request = Request(**given)
+    images = read_pictures(request)
+    machine = _machine(device, dtype, _thread_count(threads, made))
     targets = _targets(output, request)
     with _progress() as progress:
         task = progress.add_task(f"loading {request.model}", total=None)
-        pipeline = _load(request, threads)
-        request = pipeline.resolve(request)
-        origin = _origin(pipeline, request)
-        _warn_of_changes(made, origin)
+        pipeline = _load(request, machine)
+        request = pipeline.resolve(request, images)
+        origin = _origin(pipeline, request, machine)
+        warn_of_changes(made, origin)
         singles = request.singles()
-        progress.update(task, total=len(singles) * (request.steps or 0), description="drawing")
+        progress.update(task, description="drawing")
         for single, target in zip(singles, targets, strict=True):
-            image = _draw(pipeline, single, progress)
+            image = _draw(pipeline, single, images, _Bar(progress, len(singles)))
             metadata = {"request": single.model_dump(mode="json"), **origin}
             print(save_png(image, target, metadata), flush=True)
 
@@ -79,15 +110,6 @@ def _with_request_flags() -> inspect.Signature:
 generate.__signature__ = _with_request_flags()  # type: ignore[attr-defined]
 
 
-def _request(prompt: str | None, made: dict[str, Any], fields: dict[str, Any]) -> Request:
-    given = {name: value for name, value in fields.items() if value is not None}
-    if prompt == "-":
-        prompt = _read_stdin()
-    if prompt is not None:
-        given["prompt"] = prompt
-    return Request(**{**made.get("request", {}), **given})
-
-
 def _read_stdin() -> str:
     data = sys.stdin.buffer.read(8 * PROMPT_LIMIT)
     try:
@@ -97,17 +119,21 @@ def _read_stdin() -> str:
 
 
 def _thread_count(threads: int | None, made: dict[str, Any]) -> int | None:
-    """As many as asked, or as the picture to repeat was made with: sums depend on it."""
     if threads is None:
-        earlier = made.get("threads")
-        return (
-            earlier if isinstance(earlier, int) and 0 < earlier <= (os.cpu_count() or 1) else None
-        )
+        return earlier_threads(made)
     if not 1 <= threads <= THREAD_LIMIT:
         raise RequestError(
             f"threads is {threads}; it must be from 1 to {THREAD_LIMIT}, or left out for all cores"
         )
     return threads
+
+
+def _machine(device: str | None, dtype: Precision | None, threads: int | None) -> Machine:
+    """Where to draw; `RequestError` for a device whose name cannot be one."""
+    device = device or "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise RequestError(f"device is {device!r}; it must be cpu, cuda, cuda:1 or mps")
+    return Machine(device=device, dtype=dtype or "float32", threads=threads)
 
 
 def _targets(output: str | None, request: Request) -> list[Path]:
@@ -165,7 +191,7 @@ def _slug(prompt: str) -> str:
     return slug or "picture"
 
 
-def _load(request: Request, threads: int | None) -> Pipeline:
+def _load(request: Request, machine: Machine) -> Pipeline:
     # OpenMP reads this when torch brings it in. Threads that spin at a barrier while another
     # program has their core made a picture many times slower; asleep, they cost little when idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -173,40 +199,62 @@ def _load(request: Request, threads: int | None) -> Pipeline:
 
     from sana.pipelines.pipeline import load
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load(request.model)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    _check_device(machine.device)
+    return load(request.model, device=machine.device, dtype=getattr(torch, machine.dtype))
 
 
-def _draw(pipeline: Pipeline, request: Request, progress: Progress) -> Image:
-    latent = None
-    for step in pipeline.steps(request):
-        latent = step.latent
-        progress.advance(progress.task_ids[0])
-    assert latent is not None, "a schedule has at least one step"
-    return pipeline.decode(latent)[0]
-
-
-def _origin(pipeline: Pipeline, request: Request) -> dict[str, Any]:
+def _check_device(device: str) -> None:
     import torch
 
-    return {
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    is_there = torch.backends.mps.is_available() if kind == "mps" else int(number or 0) < count
+    if not is_there:
+        raise RequestError(
+            f"device is {device}, and torch {torch.__version__} finds none here; use cpu, or "
+            "install a build of torch for it"
+        )
+
+
+def _draw(
+    pipeline: Pipeline, request: Request, images: dict[str, Image.Image], bar: _Bar
+) -> Image.Image:
+    latent = None
+    for step in pipeline.steps(request, images):
+        latent = step.latent
+        bar.advance(step.count)
+    assert latent is not None, "a schedule has at least one step"
+    return pipeline.finish(request, latent, images)[0]
+
+
+def _origin(pipeline: Pipeline, request: Request, machine: Machine) -> dict[str, Any]:
+    import torch
+
+    origin = {
         "model": pipeline.config.name,
         "weights": pipeline.fingerprint,
         "sana": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "device": machine.device,
+        "dtype": machine.dtype,
     }
+    files = digests(request)
+    return {**origin, "files": files} if files else origin
 
 
-def _warn_of_changes(made: dict[str, Any], origin: dict[str, Any]) -> None:
-    for name, now in origin.items():
-        if made and made.get(name) != now:
-            print(
-                f"sana: the picture was made with {name} {made.get(name)}, and this is {now}; "
-                "pixels may differ",
-                file=sys.stderr,
-            )
+class _Bar:
+    """The progress of all pictures; how many steps one takes is known at its first."""
+
+    def __init__(self, progress: Progress, pictures: int) -> None:
+        self.progress, self.pictures = progress, pictures
+
+    def advance(self, count: int) -> None:
+        """One more of `count` steps of a picture is done."""
+        task = self.progress.task_ids[0]
+        self.progress.update(task, total=count * self.pictures, advance=1)
 
 
 @contextmanager

@@ -8,26 +8,43 @@ changes: the same request gives the same pixels, whatever was drawn before or be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sana.errors import NumericsError, RequestError
+from sana.pipelines import start
+from sana.pipelines.defaults import Size
+from sana.pipelines.denoising import check_finite, make_denoiser
 from sana.pipelines.images import to_pil
-from sana.samplers import METHODS, Denoiser, Step, Text, guided, one_by_one, run
+from sana.pipelines.reading import read_pictures
+from sana.pipelines.start import Plan
+from sana.samplers import (
+    METHODS,
+    Fresh,
+    Step,
+    draw_noise,
+    first_step,
+    one_by_one,
+    run,
+)
 
 if TYPE_CHECKING:
     from sana.request import Request
     from sana.weights.load import Components
 
-SIDE_LEAST = 64
+Pictures = Mapping[str, Image.Image]
+"""The pictures that a request names, by name; None where a caller leaves the reading to us."""
 
 
 class Pipeline:
-    """Text to image with one set of weights; build it with `sana.load`."""
+    """Every task with one set of weights; build it with `sana.load`.
+
+    Where `images` is None, the pictures that a request names are read from their files; otherwise
+    no file is opened, and `images` holds them under those names.
+    """
 
     def __init__(self, components: Components) -> None:
         self.components = components
@@ -35,37 +52,32 @@ class Pipeline:
         components.dit.eval()
         components.autoencoder.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, images: Pictures | None = None) -> Request:
         """The request with the model's defaults filled in; raises `RequestError`."""
-        sampling = self.config.sampling
-        defaults = {
-            "steps": sampling.steps,
-            "guidance": sampling.guidance,
-            "sampler": sampling.sampler,
-            "shift": sampling.shift,
-            "width": self.config.pixels,
-            "height": self.config.pixels,
-        }
-        missing = {k: value for k, value in defaults.items() if getattr(request, k) is None}
-        full = request.replace(**missing) if missing else request
-        for name in ("width", "height"):
-            self._check_side(name, getattr(full, name))
-        return full
+        return self._plan(request, images).request
 
-    def steps(self, request: Request) -> Iterator[Step]:
+    def steps(self, request: Request, images: Pictures | None = None) -> Iterator[Step]:
         """Yield a `Step` for each evaluation; its latents [B,C,h,w] hold all the pictures.
 
-        Raises `RequestError` at once, and `NumericsError` when NaN appears.
+        With strength 0 nothing is evaluated, and the one step holds the image's own latent. Raises
+        `RequestError` at once, and `NumericsError` when NaN appears.
         """
-        return self._steps(self.resolve(request))
+        return self._steps(self._plan(request, images))
 
-    def generate(self, request: Request) -> list[Image.Image]:
+    def generate(self, request: Request, images: Pictures | None = None) -> list[Image.Image]:
         """The pictures of `request`, one for each of `request.image_seeds`."""
+        plan = self._plan(request, images)
         latent = None
-        for step in self.steps(request):
+        for step in self._steps(plan):
             latent = step.latent
         assert latent is not None, "a schedule has at least one step"
-        return self.decode(latent)
+        return self._finish(plan, latent)
+
+    def finish(
+        self, request: Request, latents: Tensor, images: Pictures | None = None
+    ) -> list[Image.Image]:
+        """The pictures of a last step's latents: decoded, resized, joined to the image."""
+        return self._finish(self._plan(request, images), latents)
 
     @property
     def fingerprint(self) -> str:
@@ -81,62 +93,75 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of image latents [B,C,h,w], decoded one at a time to bound the memory."""
-        return [self._decode_one(latent) for latent in latents.split(1)]
+        return [to_pil(self._decode_one(latent)) for latent in latents.split(1)]
 
-    def _decode_one(self, latent: Tensor) -> Image.Image:
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> Tensor:
+        """Image latent [1,C,h,w] in fp32 of an RGB picture whose sides the model can draw."""
+        return self._encode(start.drawn_tensor(image, (image.height, image.width)))
+
+    def _plan(self, request: Request, images: Pictures | None) -> Plan:
+        return start.plan(
+            request, self.config, read_pictures(request) if images is None else images
+        )
+
+    @torch.inference_mode()
+    def _finish(self, plan: Plan, latents: Tensor) -> list[Image.Image]:
+        return [start.finished(self._decode_one(latent), plan) for latent in latents.split(1)]
+
+    def _decode_one(self, latent: Tensor) -> Tensor:
         autoencoder = self.components.autoencoder
         weight = next(autoencoder.parameters())
         raw = autoencoder.denormalize(latent.to(weight.device)).to(weight.dtype)
         pixels = autoencoder.decode(raw)
-        _check_finite(pixels, "the decoded pixels")
-        return to_pil(pixels[0])
+        check_finite(pixels, "the decoded pixels")
+        return pixels[0].float().cpu()
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        autoencoder = self.components.autoencoder
+        latent = autoencoder.normalize(
+            autoencoder.encode(pixels.to(next(autoencoder.parameters()).device))
+        )
+        check_finite(latent, "the encoded image")
+        return latent.float().to(next(self.components.dit.parameters()).device)
 
     @torch.inference_mode()
-    def _steps(self, request: Any) -> Iterator[Step]:
+    def _steps(self, plan: Plan) -> Iterator[Step]:
+        request: Any = plan.request
         method = METHODS[request.sampler]
-        sampler = method.start(self._noise(request), method.times(request.steps, request.shift))
-        for step in run(sampler, one_by_one(self._denoiser(request))):
-            _check_finite(step.latent, f"the latent at step {step.index + 1} of {step.count}")
+        generators = [torch.Generator().manual_seed(seed) for seed in request.image_seeds]
+        fresh = self._noise(plan.drawn, generators)
+        latent = fresh()
+        times = method.times(request.steps, request.shift)
+        clean = None
+        if plan.image is not None:
+            clean = self._encode(start.drawn_tensor(plan.image, plan.drawn))
+            times = times[first_step(request.steps, request.strength) :]
+            if len(times) == 1:
+                latent = clean.expand_as(latent)
+                yield Step(index=0, count=1, latent=latent, clean=latent)
+                return
+            if request.strength < 1:
+                latent = torch.lerp(clean, latent, times[0].item())
+        denoiser = one_by_one(make_denoiser(self.components, request, times, self._control(plan)))
+        if clean is not None and plan.mask is not None:
+            denoiser = start.held(denoiser, clean, start.kept(plan.mask, latent))
+        for step in run(method.start(latent, times, fresh), denoiser):
+            check_finite(step.latent, f"the latent at step {step.index + 1} of {step.count}")
             yield step
 
-    def _denoiser(self, request: Any) -> Denoiser:
-        whole = METHODS[request.sampler].takes_integer_times and self.config.sampling.integer_times
-        return guided(
-            self.components.dit.denoise,
-            self._embed(request.prompt, "the prompt"),
-            None
-            if request.guidance == 1
-            else self._embed(request.negative_prompt, "the negative one"),
-            request.guidance,
-            integer_times=whole,
-        )
+    def _control(self, plan: Plan) -> Tensor | None:
+        """The normalized latent of the control picture, edges found first where asked."""
+        if plan.control is None:
+            return None
+        return self._encode(start.drawn_tensor(plan.control, plan.drawn))
 
-    def _embed(self, prompt: str, what: str) -> Text:
-        dit = self.components.dit
-        weight = next(dit.parameters())
-        encoded = self.components.text.encode([prompt])
-        mask = encoded.mask.to(weight.device)
-        states = dit.embed_text(encoded.states.to(weight.device, weight.dtype), mask)
-        _check_finite(states, f"the text states of {what}")
-        return Text(states=states, mask=mask)
-
-    def _noise(self, request: Any) -> Tensor:
-        """Noise [B,C,h,w], each picture's from its own seed, on the CPU in fp32."""
+    def _noise(self, drawn: Size, generators: list[torch.Generator]) -> Fresh:
+        """A source of noise [B,C,h,w]; each picture's comes from its own generator."""
         factor, channels = self.config.autoencoder.factor, self.config.dit.latent_channels
-        shape = (channels, request.height // factor, request.width // factor)
-        noise = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            for seed in request.image_seeds
-        ]
-        return torch.stack(noise).to(next(self.components.dit.parameters()).device)
-
-    def _check_side(self, name: str, side: int) -> None:
-        factor = self.config.autoencoder.factor * self.config.dit.patch_size
-        if side % factor or not SIDE_LEAST <= side <= self.config.max_pixels:
-            raise RequestError(
-                f"{name} is {side}; {self.config.name} takes multiples of {factor} from "
-                f"{SIDE_LEAST} to {self.config.max_pixels}, best {self.config.pixels}"
-            )
+        shape = (channels, drawn[0] // factor, drawn[1] // factor)
+        device = next(self.components.dit.parameters()).device
+        return lambda: draw_noise(shape, generators).to(device)
 
 
 def load(
@@ -149,13 +174,3 @@ def load(
     from sana.weights.load import load as load_components
 
     return Pipeline(load_components(name_or_path, device=device, dtype=dtype))
-
-
-def _check_finite(tensor: Tensor, stage: str) -> None:
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = tensor.numel() - int(finite.sum())
-        raise NumericsError(
-            f"{bad} of {tensor.numel()} values in {stage} are NaN or infinite; every stage must "
-            "stay finite, so check the weight file, or use dtype float32"
-        )

@@ -30,10 +30,11 @@ from sana.config import (
     to_json,
 )
 from sana.errors import CheckpointError, RequestError
+from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.models.text import Gemma2, MiniLM, TextEncoder, small_tokenizer
-from sana.presets import preset
+from sana.presets import PRESETS, preset
 from sana.weights.files import read_file, read_header
 from sana.weights.packing import unpack
 
@@ -57,6 +58,7 @@ class Components:
     autoencoder: DCAE
     text: TextEncoder
     header: dict[str, Any]
+    controlnet: ControlNet | None = None
 
 
 def load(
@@ -70,8 +72,8 @@ def load(
     Raises `RequestError` for a name without weights and `CheckpointError` for files that are
     missing, unreadable, or do not fit together.
     """
-    if str(name_or_path) == "tiny":
-        return _make_tiny(preset("tiny").config, torch.device(device), dtype)
+    if str(name_or_path) in PRESETS and PRESETS[str(name_or_path)].source == "random":
+        return _make_tiny(preset(str(name_or_path)).config, torch.device(device), dtype)
     folder = find_folder(name_or_path)
     shards = transformer_files(folder)
     header = read_header(shards[0])
@@ -365,13 +367,16 @@ def _make_tiny(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
         torch.default_generator.manual_seed(TINY_SEED)
         dit, autoencoder = LinearDiT(config.dit), DCAE(config.autoencoder)
         text = MiniLM(config.text, small_tokenizer(config.text.vocabulary))
-        for network in (dit, autoencoder):
-            _open_zeros(network)
+        controlnet = ControlNet(config.controlnet) if config.controlnet else None
+        for network in (dit, autoencoder, controlnet):
+            if network is not None:
+                _open_zeros(network)
     return Components(
         config=config,
         dit=dit.to(device, dtype).eval(),
         autoencoder=autoencoder.to(device, dtype).eval(),
         text=text.to(device, dtype),
+        controlnet=controlnet and controlnet.to(device, dtype).eval(),
         header={"recipe": f"random weights, seed {TINY_SEED}", "config": to_json(config)},
     )
 
