@@ -30,6 +30,9 @@ class Letters:
         states: Tensor = torch.randn(1, length, self.width, generator=generator)
         return SimpleNamespace(states=states, mask=torch.ones(1, length, dtype=torch.bool))
 
+    def encode_negative(self, prompts: Sequence[str], length: int | None = None) -> Any:
+        return self.encode(prompts)
+
 
 def tiny_components(name: str = "tiny") -> Any:
     """Fresh components with every parameter random, so that text and time have an effect."""

@@ -180,6 +180,34 @@ class TextConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GemmaConfig:
+    """A Gemma-2 decoder, as its own folder describes it; the defaults are those of the 2B."""
+
+    width: int = 2304
+    layers: int = 26
+    heads: int = 8
+    key_heads: int = 4
+    head_dim: int = 256
+    mlp_width: int = 9216
+    vocabulary: int = 256000
+    query_scale: float = 256.0
+    """Attention logits are divided by its square root."""
+    soft_cap: float = 50.0
+    """Logits are cap * tanh(logits / cap)."""
+    window: int = 4096
+    """Every other layer looks back this far; no prompt is longer."""
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require(
+            self.heads % self.key_heads == 0,
+            f"Gemma-2 has {self.heads} query and {self.key_heads} key heads; the first must be a "
+            "multiple of the second",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
     """Sampling defaults and the time convention that the weights were trained with."""
 

@@ -8,6 +8,7 @@ reading at `load`.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from sana.config import (
     DCAEConfig,
     ModelConfig,
+    Reference,
     TextConfig,
     from_json,
     to_json,
@@ -33,7 +36,8 @@ from sana.errors import CheckpointError, RequestError
 from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
-from sana.models.text import Gemma2, MiniLM, TextEncoder, small_tokenizer
+from sana.models.gemma import Gemma2, gemma_config
+from sana.models.text import MiniLM, TextEncoder, small_tokenizer
 from sana.presets import PRESETS, preset
 from sana.weights.files import read_file, read_header
 from sana.weights.packing import unpack
@@ -85,7 +89,7 @@ def load(
         config=config,
         dit=load_dit(folder, device=device, dtype=dtype),
         autoencoder=load_autoencoder(folder, device=device, dtype=dtype),
-        text=_load_text_of(config.text, folder, device, dtype),
+        text=_load_text_of(config, folder, device, dtype),
         header=header,
     )
 
@@ -144,6 +148,7 @@ def load_gemma2(
     folder: Path,
     *,
     max_tokens: int = 300,
+    reference: Reference = "nvidia",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Gemma2:
@@ -162,29 +167,29 @@ def load_gemma2(
             f"{folder} has no {' and no '.join(missing)}; Gemma-2 is loaded from a local folder in "
             "the transformers layout; give its path"
         )
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
-
-    gemma: Any = Gemma2Model
+    tensors: dict[str, Tensor] = {}
     try:
-        model, report = gemma.from_pretrained(
-            folder,
-            local_files_only=True,
-            attn_implementation="eager",
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("model*.safetensors")):
+            tensors.update(safetensors.torch.load_file(path))
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded as Gemma-2: {error}; get its files again"
         ) from None
-    _raise_misfits(
+    config = gemma_config(data, str(folder / "config.json"))
+    definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    named = {
+        "model." + name.removeprefix("model."): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("lm_head.")
+    }
+    return _build(
+        lambda: Gemma2(config, definition, max_tokens=max_tokens, reference=reference),
+        named,
         str(folder),
-        missing=sorted(report["missing_keys"]),
-        extra=sorted(key for key in report["unexpected_keys"] if not key.startswith("lm_head.")),
-        misshapen=[str(entry) for entry in report["mismatched_keys"]],
+        device,
+        dtype,
     )
-    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    return Gemma2(model, tokenizer, max_tokens=max_tokens).to(device)
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -309,14 +314,19 @@ def _build(
 
 
 def _load_text_of(
-    config: TextConfig, folder: Path, device: str | torch.device, dtype: torch.dtype
+    config: ModelConfig, folder: Path, device: str | torch.device, dtype: torch.dtype
 ) -> TextEncoder:
-    if config.kind == "gemma2":
+    text = config.text
+    if text.kind == "gemma2":
         return load_gemma2(
-            folder / "text", max_tokens=config.max_tokens, device=device, dtype=dtype
+            folder / "text",
+            max_tokens=text.max_tokens,
+            reference=config.reference,
+            device=device,
+            dtype=dtype,
         )
     path = folder / TEXT_FILE
-    _require_same(path, read_header(path).get("text"), to_json(config))
+    _require_same(path, read_header(path).get("text"), to_json(text))
     return load_text(path, device=device, dtype=dtype)
 
 
