@@ -15,10 +15,11 @@ from torch import Tensor
 
 from sana.errors import NumericsError, RequestError
 from sana.models.controlnet import Controlled
-from sana.samplers import METHODS, Denoiser, Guidance, Text, distilled, guided
+from sana.samplers import METHODS, Denoiser, Guidance, Text, borrow_mask, distilled, guided
 
 if TYPE_CHECKING:
     from sana.models.dit import LinearDiT
+    from sana.models.text import TextStates
     from sana.weights.load import Components
 
 
@@ -42,7 +43,8 @@ def make_denoiser(
             reference=config.reference,
             interval=control_interval(times, request.control_start, request.control_end),
         )
-    text = _embed(components, base, request.prompt, "the prompt")
+    encoded = components.text.encode([request.prompt])
+    text = _embedded(components, base, encoded, "the prompt")
     if config.dit.guidance_embedding:
         return distilled(network, text, request.guidance)
     if request.pag_scale:
@@ -52,9 +54,7 @@ def make_denoiser(
     return guided(
         network,
         text,
-        _embed(components, base, request.negative_prompt, "the negative one")
-        if has_second
-        else None,
+        _negative(components, base, request.negative_prompt, text) if has_second else None,
         Guidance(
             scale=request.guidance,
             perturbation=request.pag_scale or 0.0,
@@ -96,9 +96,21 @@ def check_finite(tensor: Tensor, stage: str) -> None:
         )
 
 
-def _embed(components: Components, base: LinearDiT | Controlled, prompt: str, what: str) -> Text:
+def _negative(
+    components: Components, base: LinearDiT | Controlled, prompt: str, conditional: Text
+) -> Text:
+    """The unconditional text; by NVIDIA's convention it is seen through the prompt's own mask."""
+    borrows = components.config.borrows_mask
+    length = conditional.mask.shape[1] if borrows else None
+    encoded = components.text.encode_negative([prompt], length)
+    text = _embedded(components, base, encoded, "the negative prompt")
+    return borrow_mask(text, conditional) if borrows else text
+
+
+def _embedded(
+    components: Components, base: LinearDiT | Controlled, encoded: TextStates, what: str
+) -> Text:
     weight = next(components.dit.parameters())
-    encoded = components.text.encode([prompt])
     mask = encoded.mask.to(weight.device)
     states = base.embed_text(encoded.states.to(weight.device, weight.dtype), mask)
     check_finite(states, f"the text states of {what}")
