@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sana.errors import NumericsError, RequestError
 from sana.models.controlnet import Controlled
+from sana.models.lora import adapted
 from sana.samplers import METHODS, Denoiser, Guidance, Text, borrow_mask, distilled, guided
+from sana.weights.lora import load_lora
 
 if TYPE_CHECKING:
     from sana.models.dit import LinearDiT
@@ -31,6 +33,8 @@ def make_denoiser(
     control [1,C,h,w] is the normalized latent of the control picture.
     """
     config, dit = components.config, components.dit
+    if request.loras:
+        dit = adapted(dit, [load_lora(name, dit) for name in request.loras], request.lora_scales)
     base: LinearDiT | Controlled = dit
     network: Any = dit.denoise
     if control is not None:
