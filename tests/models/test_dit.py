@@ -11,7 +11,7 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig, RefinerConfig
-from sana.models.dit import LinearDiT
+from sana.models.dit import LinearDiT, _exact
 from sana.models.layers import sinusoids
 
 PLAIN = DiTConfig(width=32, depth=2, cross_heads=2, text_dim=12, latent_channels=4, head_dim=16)
@@ -201,6 +201,17 @@ def test_every_parameter_learns(config: DiTConfig) -> None:
 def test_a_new_network_predicts_zero(config: DiTConfig) -> None:
     output = Inputs(config).run(LinearDiT(config).double())
     assert torch.equal(output, torch.zeros_like(output))
+
+
+def test_the_network_is_told_whole_thousandths_exactly() -> None:
+    whole = torch.arange(1001.0)
+    scaled = whole.double().div(1000).float() * 1000
+    assert (scaled != whole).any(), "fp32 misses some"
+    assert torch.equal(_exact(scaled), whole)
+    between = torch.tensor([0.5003, 17.25, 998.7])
+    assert torch.equal(_exact(between), between)
+    slope = torch.autograd.functional.jacobian(_exact, scaled[:20]).diagonal()
+    assert torch.equal(slope, torch.ones(20))
 
 
 def test_text_may_be_embedded_once() -> None:

@@ -78,7 +78,7 @@ class Stem(nn.Module):
         Sprint takes its time unscaled, and the guidance scale beside it.
         """
         if self.guidance_embed is None:
-            embedding = self.time_embed(time.float() * TIME_SCALE)
+            embedding = self.time_embed(_exact(time.float() * TIME_SCALE))
         else:
             if guidance is None:
                 raise ValueError("guidance is None; this network embeds the scale: pass one")
@@ -177,6 +177,17 @@ class LinearDiT(Stem):
         p = self.config.patch_size
         x = torch.unflatten(x, -1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
         return x.flatten(4, 5).flatten(2, 3)
+
+
+def _exact(thousandths: Tensor) -> Tensor:
+    """Whole numbers put right where fp32 missed them by its last digit; all others as they are.
+
+    Ten of the 1000 integer times come out of t * 1000 a little off, and the fastest sinusoid turns
+    that into an error of 3e-5. The derivative stays one everywhere.
+    """
+    near = thousandths.detach().round()
+    exact = thousandths + (near - thousandths).detach()
+    return torch.where((near - thousandths).abs() < 1e-4, exact, thousandths)
 
 
 class Block(nn.Module):
