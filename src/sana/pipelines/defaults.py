@@ -95,8 +95,6 @@ def _refusals(request: Any, config: ModelConfig) -> Iterator[str]:
             f"control is {request.control!r} and {config.name} has no ControlNet; choose a model "
             "with one, for example sana-1600m-1024-controlnet-hed"
         )
-    if request.control_detector in ("hed", "canny"):
-        yield "control_detector is not written yet; give ready edges"
     for block in request.pag_blocks:
         if block >= config.dit.depth:
             yield (

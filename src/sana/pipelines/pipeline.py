@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sana.pipelines import start
+from sana.pipelines.control import control_pixels
 from sana.pipelines.defaults import Size
 from sana.pipelines.denoising import check_finite, make_denoiser
 from sana.pipelines.images import to_pil
@@ -154,7 +155,8 @@ class Pipeline:
         """The normalized latent of the control picture, edges found first where asked."""
         if plan.control is None:
             return None
-        return self._encode(start.drawn_tensor(plan.control, plan.drawn))
+        pixels = start.drawn_tensor(plan.control, plan.drawn)
+        return self._encode(control_pixels(pixels, plan.request.control_detector or "none"))
 
     def _noise(self, drawn: Size, generators: list[torch.Generator]) -> Fresh:
         """A source of noise [B,C,h,w]; each picture's comes from its own generator."""
