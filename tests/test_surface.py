@@ -35,10 +35,13 @@ def flags(command: Any) -> list[str]:
 def test_public_names() -> None:
     assert sorted(sana.__all__) == ["Pipeline", "Request", "__version__", "load", "presets"]
     assert all(getattr(sana, name) for name in sana.__all__)
-    assert list(inspect.signature(sana.load).parameters) == ["name_or_path", "device", "dtype"]
+    assert list(inspect.signature(sana.load).parameters) == [
+        *("name_or_path", "device", "dtype", "memory"),
+    ]
     public = [name for name in vars(sana.Pipeline) if not name.startswith("_")]
     assert public == [
-        *("resolve", "steps", "generate", "finish", "fingerprint", "decode", "encode"),
+        *("resolve", "steps", "generate", "finish", "device", "dtype"),
+        *("memory_plan", "fingerprint", "decode", "encode"),
     ]
 
 
@@ -85,7 +88,7 @@ def test_flags() -> None:
         *("--control", "--control-detector", "--control-scale", "--control-start", "--control-end"),
         *("--steps", "--guidance", "--sampler", "--shift", "--guidance-interval"),
         *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
-        *("--output", "-o", "--again", "--device", "--dtype", "--threads"),
+        *("--output", "-o", "--again", "--device", "--dtype", "--memory", "--threads"),
     ]
     assert flags(info) == ["TARGET"]
     assert flags(train) == ["RECIPE", "OVERRIDES"]

@@ -6,15 +6,16 @@ it is written. All that can be refused is refused before torch is imported.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 from PIL import Image
@@ -24,6 +25,7 @@ from sana.cli.again import earlier_request, earlier_threads, warn_of_changes
 from sana.cli.flags import FILES, MODEL, PICTURE, parameters
 from sana.errors import RequestError
 from sana.pipelines.images import save_png
+from sana.pipelines.memory import parse
 from sana.pipelines.reading import digests, read_pictures
 from sana.request import PROMPT_LIMIT, RULES, Request
 
@@ -46,11 +48,22 @@ Output = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where and in which numbers a picture is drawn."""
+    """Where, in which numbers and in how much memory a picture is drawn; each a flag."""
 
-    device: str
-    dtype: Precision
-    threads: int | None
+    device: Annotated[
+        str | None,
+        Parameter(help="cpu, cuda, cuda:1 or mps [default: cuda if there, else cpu]", group=MODEL),
+    ] = None
+    dtype: Annotated[
+        Precision | None,
+        Parameter(help="number format [default: what suits model and device]", group=MODEL),
+    ] = None
+    memory: Annotated[
+        str | None, Parameter(help="what may be taken of the device, such as 8GiB", group=MODEL)
+    ] = None
+    threads: Annotated[
+        int | None, Parameter(help="CPU threads [default: all cores]", group=MODEL)
+    ] = None
 
 
 def generate(
@@ -64,34 +77,26 @@ def generate(
         Path | None,
         Parameter(help="make this PNG again; other flags change its request", group=FILES),
     ] = None,
-    device: Annotated[
-        str | None, Parameter(help="cpu, cuda, cuda:1 or mps [default: cpu]", group=MODEL)
-    ] = None,
-    dtype: Annotated[
-        Precision | None, Parameter(help="number format [default: float32]", group=MODEL)
-    ] = None,
-    threads: Annotated[
-        int | None, Parameter(help="CPU threads [default: all cores]", group=MODEL)
-    ] = None,
     **fields: Any,
 ) -> None:
     """Draw pictures from a sentence, from another picture, or both.
 
     Without --output a picture is written to ./sana-{slug}-{seed}.png; no file is ever replaced.
     """
+    parts = {part.name: fields.pop(part.name, None) for part in dataclasses.fields(Machine)}
     given = {name: value for name, value in fields.items() if value is not None}
     if prompt is not None:
         given["prompt"] = _read_stdin() if prompt == "-" else prompt
     made, given = earlier_request(again, given)
     request = Request(**given)
     images = read_pictures(request)
-    machine = _machine(device, dtype, _thread_count(threads, made))
+    machine = _checked(Machine(**parts), made)
     targets = _targets(output, request)
     with _progress() as progress:
         task = progress.add_task(f"loading {request.model}", total=None)
         pipeline = _load(request, machine)
         request = pipeline.resolve(request, images)
-        origin = _origin(pipeline, request, machine)
+        origin = _origin(pipeline, request)
         warn_of_changes(made, origin)
         singles = request.singles()
         progress.update(task, description="drawing")
@@ -101,13 +106,17 @@ def generate(
             print(save_png(image, target, metadata), flush=True)
 
 
-def _with_request_flags() -> inspect.Signature:
+def _with_all_flags() -> inspect.Signature:
     signature = inspect.signature(generate, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "fields"]
-    return inspect.Signature([own[0], *parameters(), *own[1:]])
+    machine = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+        for name, hint in get_type_hints(Machine, include_extras=True).items()
+    ]
+    return inspect.Signature([own[0], *parameters(), *own[1:], *machine])
 
 
-generate.__signature__ = _with_request_flags()  # type: ignore[attr-defined]
+generate.__signature__ = _with_all_flags()  # type: ignore[attr-defined]
 
 
 def _read_stdin() -> str:
@@ -128,12 +137,14 @@ def _thread_count(threads: int | None, made: dict[str, Any]) -> int | None:
     return threads
 
 
-def _machine(device: str | None, dtype: Precision | None, threads: int | None) -> Machine:
-    """Where to draw; `RequestError` for a device whose name cannot be one."""
-    device = device or "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+def _checked(machine: Machine, made: dict[str, Any]) -> Machine:
+    """With the threads settled; `RequestError` for a device or a size that cannot be one."""
+    device = machine.device
+    if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise RequestError(f"device is {device!r}; it must be cpu, cuda, cuda:1 or mps")
-    return Machine(device=device, dtype=dtype or "float32", threads=threads)
+    if machine.memory is not None:
+        parse(machine.memory)
+    return replace(machine, threads=_thread_count(machine.threads, made))
 
 
 def _targets(output: str | None, request: Request) -> list[Path]:
@@ -201,8 +212,10 @@ def _load(request: Request, machine: Machine) -> Pipeline:
 
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    _check_device(machine.device)
-    return load(request.model, device=machine.device, dtype=getattr(torch, machine.dtype))
+    if machine.device is not None:
+        _check_device(machine.device)
+    dtype = machine.dtype and getattr(torch, machine.dtype)
+    return load(request.model, device=machine.device, dtype=dtype, memory=machine.memory)
 
 
 def _check_device(device: str) -> None:
@@ -229,7 +242,7 @@ def _draw(
     return pipeline.finish(request, latent, images)[0]
 
 
-def _origin(pipeline: Pipeline, request: Request, machine: Machine) -> dict[str, Any]:
+def _origin(pipeline: Pipeline, request: Request) -> dict[str, Any]:
     import torch
 
     origin = {
@@ -238,8 +251,8 @@ def _origin(pipeline: Pipeline, request: Request, machine: Machine) -> dict[str,
         "sana": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": machine.device,
-        "dtype": machine.dtype,
+        "device": str(pipeline.device),
+        "dtype": pipeline.dtype,
     }
     files = digests(request)
     return {**origin, "files": files} if files else origin

@@ -36,6 +36,7 @@ def adapted(dit: LinearDiT, adapters: Sequence[Adapter], scales: Sequence[float]
     Raises `CheckpointError` if an adapter was made for other widths.
     """
     peft = _peft()
+    needs_gradient = next(dit.parameters()).requires_grad
     network = _sharing(dit)
     names = [f"lora{index}" for index in range(len(adapters))]
     for name, adapter, scale in zip(names, adapters, scales, strict=True):
@@ -57,7 +58,7 @@ def adapted(dit: LinearDiT, adapters: Sequence[Adapter], scales: Sequence[float]
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.set_adapter([name for name in names if name in module.lora_A])
     # torch takes another path, with other last bits, for weights that need no gradient.
-    return network.eval().requires_grad_(next(dit.parameters()).requires_grad)
+    return network.eval().requires_grad_(needs_gradient)
 
 
 def check_fit(dit: LinearDiT, adapter: Adapter) -> None:
@@ -83,13 +84,9 @@ def _peft() -> Any:
 
 
 def _sharing(dit: LinearDiT) -> LinearDiT:
-    """The same modules anew, over the same memory; what is done to them leaves `dit` as it is."""
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-        for parameter in dit.parameters()
-    }
-    memo |= {id(buffer): buffer for buffer in dit.buffers()}
-    return copy.deepcopy(dit, memo)
+    """The same modules anew around the same parameters, so that they move together (offload)."""
+    tensors = (*dit.parameters(), *dit.buffers())
+    return copy.deepcopy(dit, {id(tensor): tensor for tensor in tensors})
 
 
 def _fill(module: Any, name: str, pair: tuple[Tensor, Tensor]) -> None:

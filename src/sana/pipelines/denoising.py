@@ -10,29 +10,40 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from sana.errors import NumericsError, RequestError
+from sana.errors import RequestError
 from sana.models.controlnet import Controlled
 from sana.models.lora import adapted
+from sana.pipelines.precision import check_finite
 from sana.samplers import METHODS, Denoiser, Guidance, Text, borrow_mask, distilled, guided
 from sana.weights.lora import load_lora
 
 if TYPE_CHECKING:
     from sana.models.dit import LinearDiT
     from sana.models.text import TextStates
+    from sana.pipelines.placing import Placing
     from sana.weights.load import Components
 
 
 def make_denoiser(
-    components: Components, request: Any, times: Tensor, control: Tensor | None = None
+    components: Components,
+    placing: Placing,
+    request: Any,
+    times: Tensor,
+    control: Tensor | None = None,
 ) -> Denoiser:
     """What answers the sampler's queries for a complete `request`, over the grid `times`.
 
-    control [1,C,h,w] is the normalized latent of the control picture.
+    control [1,C,h,w] is the normalized latent of the control picture. `placing` brings each network
+    when it is needed: both texts are read before the transformer comes.
     """
     config, dit = components.config, components.dit
+    has_second = request.guidance != 1 and not config.dit.guidance_embedding
+    placing.enter("text")
+    encoded = components.text.encode([request.prompt])
+    negative = _read_negative(components, request, encoded) if has_second else None
+    placing.enter("denoise")
     if request.loras:
         dit = adapted(dit, [load_lora(name, dit) for name in request.loras], request.lora_scales)
     base: LinearDiT | Controlled = dit
@@ -47,18 +58,17 @@ def make_denoiser(
             reference=config.reference,
             interval=control_interval(times, request.control_start, request.control_end),
         )
-    encoded = components.text.encode([request.prompt])
+    network = _present(network, placing)
     text = _embedded(components, base, encoded, "the prompt")
     if config.dit.guidance_embedding:
         return distilled(network, text, request.guidance)
     if request.pag_scale:
         network = partial(network, perturbed_blocks=request.pag_blocks)
-    has_second = request.guidance != 1
     by_scheduler = METHODS[request.sampler].takes_integer_times
     return guided(
         network,
         text,
-        _negative(components, base, request.negative_prompt, text) if has_second else None,
+        None if negative is None else _negative(components, base, negative, text),
         Guidance(
             scale=request.guidance,
             perturbation=request.pag_scale or 0.0,
@@ -89,26 +99,30 @@ def control_interval(times: Tensor, start: float, end: float) -> tuple[float, fl
     return (grid[last] + grid[last + 1]) / 2, high
 
 
-def check_finite(tensor: Tensor, stage: str) -> None:
-    """`NumericsError` that names the stage, if there is NaN or infinity in `tensor`."""
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = tensor.numel() - int(finite.sum())
-        raise NumericsError(
-            f"{bad} of {tensor.numel()} values in {stage} are NaN or infinite; every stage must "
-            "stay finite, so check the weight file, or use dtype float32"
-        )
+def _present(network: Any, placing: Placing) -> Any:
+    """The same network, which comes to the device first if another request sent it away."""
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        placing.enter("denoise")
+        return network(*inputs, **options)
+
+    return call
+
+
+def _read_negative(components: Components, request: Any, conditional: TextStates) -> TextStates:
+    length = conditional.mask.shape[1] if components.config.borrows_mask else None
+    return components.text.encode_negative([request.negative_prompt], length)
 
 
 def _negative(
-    components: Components, base: LinearDiT | Controlled, prompt: str, conditional: Text
+    components: Components,
+    base: LinearDiT | Controlled,
+    encoded: TextStates,
+    conditional: Text,
 ) -> Text:
     """The unconditional text; by NVIDIA's convention it is seen through the prompt's own mask."""
-    borrows = components.config.borrows_mask
-    length = conditional.mask.shape[1] if borrows else None
-    encoded = components.text.encode_negative([prompt], length)
     text = _embedded(components, base, encoded, "the negative prompt")
-    return borrow_mask(text, conditional) if borrows else text
+    return borrow_mask(text, conditional) if components.config.borrows_mask else text
 
 
 def _embedded(
@@ -117,5 +131,5 @@ def _embedded(
     weight = next(components.dit.parameters())
     mask = encoded.mask.to(weight.device)
     states = base.embed_text(encoded.states.to(weight.device, weight.dtype), mask)
-    check_finite(states, f"the text states of {what}")
+    check_finite(states, f"the text states of {what}", weight.dtype)
     return Text(states=states, mask=mask)

@@ -115,6 +115,14 @@ class MemoryPlan:
         return f"{_listed(parts)}; the picture is decoded {how}"
 
 
+class DoesNotFit(RequestError):
+    """No way fits the limit; `least` is the one that comes nearest."""
+
+    def __init__(self, message: str, least: MemoryPlan) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 def plan(
     config: ModelConfig,
     canvas: Canvas,
@@ -127,23 +135,22 @@ def plan(
     """The fastest way to draw `canvas` in `limit` bytes; without a limit everything stays.
 
     `can_offload` is false where the device has no memory of its own (CPU, MPS); `reserve` bytes of
-    the limit are taken by others (`CUDA_CONTEXT`). Raises `RequestError` with the least that works.
+    the limit are taken by others (`CUDA_CONTEXT`). Raises `DoesNotFit` with the least that works.
     """
     widths = widths or Widths()
     weights = footprint.weights(config, widths)
-    ways = [
-        _measured(way, config, canvas, weights, widths)
-        for way in _ways(config, canvas, can_offload)
-    ]
+    every = _ways(config, canvas, can_offload)
+    ways = [_measured(way, config, canvas, weights, widths) for way in every]
     if limit is None:
         return ways[0]
     fitting = [way for way in ways if way.peak + reserve <= limit]
     if not fitting:
         least = min(ways, key=lambda way: way.peak)
-        raise RequestError(
+        raise DoesNotFit(
             f"memory is {shown(limit)}; {config.name} at {canvas.width} x {canvas.height} needs at "
             f"least {shown_up(least.peak + reserve)}, with which {least.describe()}; give more "
-            "memory, draw a smaller picture, or use a smaller model"
+            "memory, draw a smaller picture, or use a smaller model",
+            least,
         )
     best = min(fitting, key=lambda way: _seconds(way, config, canvas, weights))
     return _with_early(best, config, canvas, weights, widths, limit - reserve)

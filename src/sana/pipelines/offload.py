@@ -177,13 +177,21 @@ class Stream:
     def _before(self, index: int) -> Callable[..., None]:
         following = (index + 1) % len(self._blocks)
 
-        def arrive(_module: nn.Module, _inputs: object) -> None:
+        def arrive(module: nn.Module, _inputs: object) -> None:
             self._fetch(index)
             self._blocks[index].use()
+            self._bring_strangers(module)
             if following % 2 != index % 2:
                 self._fetch(following)
 
         return arrive
+
+    def _bring_strangers(self, module: nn.Module) -> None:
+        """What was added to a block later, such as a LoRA, comes once and stays."""
+        for parameter in module.parameters():
+            if parameter.device != self._slots[0].device:
+                with torch.inference_mode(False), torch.no_grad():
+                    parameter.data = parameter.data.to(self._device)
 
     def _after(self, index: int) -> Callable[..., None]:
         def leave(_module: nn.Module, _inputs: object, _output: object) -> None:

@@ -18,8 +18,12 @@ from torch import Tensor
 from sana.pipelines import start
 from sana.pipelines.control import control_pixels
 from sana.pipelines.defaults import Size
-from sana.pipelines.denoising import check_finite, make_denoiser
+from sana.pipelines.denoising import make_denoiser
+from sana.pipelines.footprint import Canvas
 from sana.pipelines.images import to_pil
+from sana.pipelines.memory import MemoryPlan, parse
+from sana.pipelines.placing import Placing
+from sana.pipelines.precision import announce, check_finite, choose, name
 from sana.pipelines.reading import read_pictures
 from sana.pipelines.start import Plan
 from sana.samplers import (
@@ -44,12 +48,21 @@ class Pipeline:
     """Every task with one set of weights; build it with `sana.load`.
 
     Where `images` is None, the pictures that a request names are read from their files; otherwise
-    no file is opened, and `images` holds them under those names.
+    no file is opened, and `images` holds them under those names. `device` is where it computes, by
+    default where the weights are, and `memory` how many bytes it may take there.
     """
 
-    def __init__(self, components: Components) -> None:
+    def __init__(
+        self,
+        components: Components,
+        *,
+        device: torch.device | str | None = None,
+        memory: int | None = None,
+    ) -> None:
         self.components = components
         self.config = components.config
+        self._dtype = components.dit.output.weight.dtype
+        self._placing = Placing(components, device or components.dit.output.weight.device, memory)
         components.dit.eval()
         components.autoencoder.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -81,14 +94,29 @@ class Pipeline:
         return self._finish(self._plan(request, images), latents)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes; latents are there."""
+        return self._placing.device
+
+    @property
+    def dtype(self) -> str:
+        """What the transformer computes in, such as float32."""
+        return name(self._dtype)
+
+    def memory_plan(self, request: Request, images: Pictures | None = None) -> MemoryPlan:
+        """What is where when, to draw `request`; prints as a sentence. Raises `RequestError`."""
+        return self._prepare(self._plan(request, images))
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hex digits of the weights: the first numbers of every tensor, hashed."""
+        self._placing.rest()
         digest = hashlib.sha256()
         parts = (self.components.dit, self.components.autoencoder, self.components.text)
         for network in (part for part in parts if isinstance(part, torch.nn.Module)):
-            for name, tensor in sorted(network.state_dict().items()):
+            for key, tensor in sorted(network.state_dict().items()):
                 sample = tensor.detach().flatten()[:64].double().cpu()
-                digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+                digest.update(f"{key} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:12]
 
     @torch.inference_mode()
@@ -111,24 +139,30 @@ class Pipeline:
         return [start.finished(self._decode_one(latent), plan) for latent in latents.split(1)]
 
     def _decode_one(self, latent: Tensor) -> Tensor:
-        autoencoder = self.components.autoencoder
-        weight = next(autoencoder.parameters())
-        raw = autoencoder.denormalize(latent.to(weight.device)).to(weight.dtype)
-        pixels = autoencoder.decode(raw)
-        check_finite(pixels, "the decoded pixels")
-        return pixels[0].float().cpu()
+        raw = self.components.autoencoder.denormalize(latent.to(self.device))
+        return self._placing.decode(raw)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        autoencoder = self.components.autoencoder
-        latent = autoencoder.normalize(
-            autoencoder.encode(pixels.to(next(autoencoder.parameters()).device))
+        raw = self._placing.encode(pixels)
+        latent = self.components.autoencoder.normalize(raw)
+        check_finite(latent, "the encoded image", raw.dtype)
+        return latent.float()
+
+    def _prepare(self, plan: Plan) -> MemoryPlan:
+        request: Any = plan.request
+        second = 0 if self.config.dit.guidance_embedding or request.guidance == 1 else 1
+        canvas = Canvas(
+            width=plan.drawn[1],
+            height=plan.drawn[0],
+            batch=1 + second + (1 if request.pag_scale else 0),
+            encodes=plan.image is not None or plan.control is not None,
         )
-        check_finite(latent, "the encoded image")
-        return latent.float().to(next(self.components.dit.parameters()).device)
+        return self._placing.prepare(canvas)
 
     @torch.inference_mode()
     def _steps(self, plan: Plan) -> Iterator[Step]:
         request: Any = plan.request
+        self._prepare(plan)
         method = METHODS[request.sampler]
         generators = [torch.Generator().manual_seed(seed) for seed in request.image_seeds]
         fresh = self._noise(plan.drawn, generators)
@@ -144,11 +178,15 @@ class Pipeline:
                 return
             if request.strength < 1:
                 latent = torch.lerp(clean, latent, times[0].item())
-        denoiser = one_by_one(make_denoiser(self.components, request, times, self._control(plan)))
+        control = self._control(plan)
+        denoiser = one_by_one(
+            make_denoiser(self.components, self._placing, request, times, control)
+        )
         if clean is not None and plan.mask is not None:
             denoiser = start.held(denoiser, clean, start.kept(plan.mask, latent))
         for step in run(method.start(latent, times, fresh), denoiser):
-            check_finite(step.latent, f"the latent at step {step.index + 1} of {step.count}")
+            stage = f"the latent at step {step.index + 1} of {step.count}"
+            check_finite(step.latent, stage, self._dtype)
             yield step
 
     def _control(self, plan: Plan) -> Tensor | None:
@@ -162,17 +200,33 @@ class Pipeline:
         """A source of noise [B,C,h,w]; each picture's comes from its own generator."""
         factor, channels = self.config.autoencoder.factor, self.config.dit.latent_channels
         shape = (channels, drawn[0] // factor, drawn[1] // factor)
-        device = next(self.components.dit.parameters()).device
-        return lambda: draw_noise(shape, generators).to(device)
+        return lambda: draw_noise(shape, generators).to(self.device)
 
 
 def load(
     name_or_path: str = "sticker-512",
     *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    memory: int | str | None = None,
 ) -> Pipeline:
-    """A pipeline with the weights of a preset or a folder; raises as `weights.load.load` does."""
+    """A pipeline with the weights of a preset or a folder; raises as `weights.load.load` does.
+
+    By default on CUDA where there is one, else the CPU, and in the dtypes that suit the model and
+    the device; a `dtype` that would break the model is corrected with a warning. `memory`, in bytes
+    or such as "8GiB", is what may be taken of the device.
+    """
     from sana.weights.load import load as load_components
 
-    return Pipeline(load_components(name_or_path, device=device, dtype=dtype))
+    limit = parse(memory) if isinstance(memory, str) else memory
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    components = load_components(name_or_path, device="cpu", dtype=dtype or torch.float32)
+    precision = choose(components.config, place, dtype)
+    announce(precision)
+    components.dit.to(precision.dit)
+    components.autoencoder.to(precision.autoencoder)
+    if isinstance(components.text, torch.nn.Module):
+        components.text.to(precision.text)
+    if components.controlnet is not None:
+        components.controlnet.to(precision.dit)
+    return Pipeline(components, device=place, memory=limit)
