@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from numerics import assert_detects, assert_matches
+from sana.config import Reference, with_reference
 from sana.errors import RequestError
+from sana.pipelines.defaults import complete
 from sana.pipelines.pipeline import Pipeline
+from sana.presets import preset
 from sana.request import Request
 from standins import tiny_components
 
@@ -149,3 +152,18 @@ def test_what_a_model_cannot_honour_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         request.getfixturevalue(name).steps(FOX.replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "block"),
+    [
+        ("sana-1600m-1024", "nvidia", 8),
+        ("sana-600m-1024", "nvidia", 14),
+        ("sana-600m-1024", "diffusers", 8),
+        ("sana1.5-4800m-1024", "nvidia", 8),
+    ],
+)
+def test_the_perturbed_block_is_the_references(name: str, reference: Reference, block: int) -> None:
+    config = with_reference(preset(name).config, reference)
+    full = complete(Request(prompt="a fox", pag_scale=2.0), config, (1024, 1024))
+    assert full.pag_blocks == (block,)

@@ -19,6 +19,8 @@ SIDE_LEAST = 64
 STRENGTH = 0.6
 FEATHER = 8
 PERTURBED_BLOCK = 8
+NVIDIA_PERTURBED = {28: 14}
+"""By depth, where NVIDIA's code perturbs another block than `PERTURBED_BLOCK`."""
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -64,7 +66,9 @@ def _of_tasks(request: Request, config: ModelConfig) -> dict[str, Any]:
         defaults["control_detector"] = "none"
         defaults |= {"control_scale": 1.0, "control_start": 0.0, "control_end": 1.0}
     if request.pag_scale:
-        defaults["pag_blocks"] = (min(PERTURBED_BLOCK, config.dit.depth // 2),)
+        depth = config.dit.depth
+        block = NVIDIA_PERTURBED.get(depth) if config.reference == "nvidia" else None
+        defaults["pag_blocks"] = (block or min(PERTURBED_BLOCK, depth // 2),)
     if request.loras:
         defaults["lora_scales"] = (1.0,) * len(request.loras)
     return defaults
