@@ -41,7 +41,7 @@ def test_public_names() -> None:
     public = [name for name in vars(sana.Pipeline) if not name.startswith("_")]
     assert public == [
         *("resolve", "steps", "generate", "finish", "device", "dtype"),
-        *("memory_plan", "fingerprint", "decode", "encode"),
+        *("memory_plan", "fingerprint", "decode", "encode", "preview"),
     ]
 
 
@@ -88,7 +88,8 @@ def test_flags() -> None:
         *("--control", "--control-detector", "--control-scale", "--control-start", "--control-end"),
         *("--steps", "--guidance", "--sampler", "--shift", "--guidance-interval"),
         *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
-        *("--output", "-o", "--again", "--device", "--dtype", "--memory", "--threads"),
+        *("--output", "-o", "--again", "--preview", "--preview_interval"),
+        *("--device", "--dtype", "--memory", "--threads"),
     ]
     assert flags(info) == ["TARGET"]
     assert flags(train) == ["RECIPE", "OVERRIDES"]

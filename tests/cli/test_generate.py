@@ -222,6 +222,16 @@ def test_a_file_that_changed_or_went_is_refused(capsys: pytest.CaptureFixture[st
     assert pixels("first.png") == pixels("second.png")
 
 
+def test_previews_of_every_second_step(capsys: pytest.CaptureFixture[str]) -> None:
+    draw("a fox", "--steps", "4", "--preview", "seen", "--preview-interval", "2", "-o", "x.png")
+    assert sorted(os.listdir("seen")) == ["x-step-02.png", "x-step-04.png"]
+    assert capsys.readouterr().out == "x.png\n"
+    with Image.open("seen/x-step-04.png") as image:
+        assert image.size == (8, 8)
+    draw("a fox", "--steps", "4", "-o", "y.png")
+    assert pixels("x.png") == pixels("y.png")
+
+
 def test_strength_0_is_one_step(capsys: pytest.CaptureFixture[str]) -> None:
     pictures()
     draw("a fox", "-i", "photo.png", "--strength", "0", "-o", "x.png")
@@ -235,6 +245,9 @@ def test_strength_0_is_one_step(capsys: pytest.CaptureFixture[str]) -> None:
         (["a fox", "--device", "gpu"], "device is 'gpu'; it must be cpu, cuda, cuda:1 or mps"),
         (["a fox", "--device", "cuda:99"], "device is cuda:99, and torch .* finds none here"),
         (["a fox", "--device", "mps"], "device is mps, and torch .* finds none here"),
+        (["a fox", "--preview-interval", "2"], "preview_interval is 2 and there is no preview"),
+        (["a fox", "--preview", "x", "--preview-interval", "0"], "preview_interval is 0; it must"),
+        (["a fox", "--preview", "file"], "goes to file, and file is no folder"),
         (["a fox", "--image", "missing.png"], "image missing.png is not there"),
         (["a fox", "--image", "file"], "image file is no picture that can be read"),
         (["a fox", "--strength", "0.5"], "strength is 0.5 and there is no image"),

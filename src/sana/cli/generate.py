@@ -11,18 +11,16 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
-from PIL import Image
 
 from sana import __version__
 from sana.cli.again import earlier_request, earlier_threads, warn_of_changes
 from sana.cli.flags import FILES, MODEL, PICTURE, parameters
+from sana.cli.progress import Previews, Watch, open_progress
 from sana.errors import RequestError
 from sana.pipelines.images import save_png
 from sana.pipelines.memory import parse
@@ -30,8 +28,6 @@ from sana.pipelines.reading import digests, read_pictures
 from sana.request import PROMPT_LIMIT, RULES, Request
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from sana.pipelines.pipeline import Pipeline
 
 DEFAULT_NAME = "sana-{slug}-{seed}.png"
@@ -43,6 +39,13 @@ Output = Annotated[
     Parameter(
         name=["--output", "-o"], help="a file, a folder, or a pattern with {seed}", group=FILES
     ),
+]
+PreviewFolder = Annotated[
+    Path | None,
+    Parameter(help="a folder for small pictures of the steps; slower at first", group=FILES),
+]
+PreviewInterval = Annotated[
+    int | None, Parameter(help="steps from one preview to the next [default: 1]", group=FILES)
 ]
 
 
@@ -77,11 +80,13 @@ def generate(
         Path | None,
         Parameter(help="make this PNG again; other flags change its request", group=FILES),
     ] = None,
+    preview: PreviewFolder = None,
+    preview_interval: PreviewInterval = None,
     **fields: Any,
 ) -> None:
     """Draw pictures from a sentence, from another picture, or both.
 
-    Without --output a picture is written to ./sana-{slug}-{seed}.png; no file is ever replaced.
+    Without --output a picture goes to ./sana-{slug}-{seed}.png; no file is ever replaced.
     """
     parts = {part.name: fields.pop(part.name, None) for part in dataclasses.fields(Machine)}
     given = {name: value for name, value in fields.items() if value is not None}
@@ -92,7 +97,8 @@ def generate(
     images = read_pictures(request)
     machine = _checked(Machine(**parts), made)
     targets = _targets(output, request)
-    with _progress() as progress:
+    previews = _previews(preview, preview_interval)
+    with open_progress() as progress:
         task = progress.add_task(f"loading {request.model}", total=None)
         pipeline = _load(request, machine)
         request = pipeline.resolve(request, images)
@@ -100,8 +106,14 @@ def generate(
         warn_of_changes(made, origin)
         singles = request.singles()
         progress.update(task, description="drawing")
+        watch = Watch(progress, len(singles), previews)
         for single, target in zip(singles, targets, strict=True):
-            image = _draw(pipeline, single, images, _Bar(progress, len(singles)))
+            latent = None
+            for step in pipeline.steps(single, images):
+                latent = step.latent
+                watch.show(pipeline, step, target)
+            assert latent is not None, "a schedule has at least one step"
+            [image] = pipeline.finish(single, latent, images)
             metadata = {"request": single.model_dump(mode="json"), **origin}
             print(save_png(image, target, metadata), flush=True)
 
@@ -231,15 +243,16 @@ def _check_device(device: str) -> None:
         )
 
 
-def _draw(
-    pipeline: Pipeline, request: Request, images: dict[str, Image.Image], bar: _Bar
-) -> Image.Image:
-    latent = None
-    for step in pipeline.steps(request, images):
-        latent = step.latent
-        bar.advance(step.count)
-    assert latent is not None, "a schedule has at least one step"
-    return pipeline.finish(request, latent, images)[0]
+def _previews(folder: Path | None, interval: int | None) -> Previews | None:
+    if folder is None:
+        if interval is not None:
+            raise RequestError(
+                f"preview_interval is {interval} and there is no preview; name a folder with "
+                "--preview, or leave it out"
+            )
+        return None
+    _check_folder(folder)
+    return Previews(folder=folder, interval=1 if interval is None else interval)
 
 
 def _origin(pipeline: Pipeline, request: Request) -> dict[str, Any]:
@@ -256,27 +269,3 @@ def _origin(pipeline: Pipeline, request: Request) -> dict[str, Any]:
     }
     files = digests(request)
     return {**origin, "files": files} if files else origin
-
-
-class _Bar:
-    """The progress of all pictures; how many steps one takes is known at its first."""
-
-    def __init__(self, progress: Progress, pictures: int) -> None:
-        self.progress, self.pictures = progress, pictures
-
-    def advance(self, count: int) -> None:
-        """One more of `count` steps of a picture is done."""
-        task = self.progress.task_ids[0]
-        self.progress.update(task, total=count * self.pictures, advance=1)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana.pipelines import start
+from sana.pipelines import preview, start
 from sana.pipelines.control import control_pixels
 from sana.pipelines.defaults import Size
 from sana.pipelines.denoising import make_denoiser
@@ -62,6 +62,7 @@ class Pipeline:
         self.components = components
         self.config = components.config
         self._dtype = components.dit.output.weight.dtype
+        self._projection: preview.Projection | None = None
         self._placing = Placing(components, device or components.dit.output.weight.device, memory)
         components.dit.eval()
         components.autoencoder.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -128,6 +129,16 @@ class Pipeline:
     def encode(self, image: Image.Image) -> Tensor:
         """Image latent [1,C,h,w] in fp32 of an RGB picture whose sides the model can draw."""
         return self._encode(start.drawn_tensor(image, (image.height, image.width)))
+
+    @torch.inference_mode()
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Small pictures of a step's `clean` latents [B,C,h,w], without the decoder.
+
+        The first call takes a few seconds: it fits the projection to the autoencoder.
+        """
+        if self._projection is None:
+            self._projection = preview.fit(self._encode, self.config.autoencoder.factor)
+        return [to_pil(pixels) for pixels in self._projection(latents)]
 
     def _plan(self, request: Request, images: Pictures | None) -> Plan:
         return start.plan(
