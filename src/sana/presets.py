@@ -146,7 +146,7 @@ AUTOENCODERS: dict[str, AutoencoderPreset] = dict(
     ]
 )
 
-_GEMMA = TextConfig(
+GEMMA = TextConfig(
     kind="gemma2",
     width=2304,
     max_tokens=300,
@@ -180,7 +180,7 @@ def _official(
         name=name,
         dit=dit,
         autoencoder=_SANA_AUTOENCODER,
-        text=_GEMMA,
+        text=GEMMA,
         sampling=sampling or SamplingConfig(),
         pixels=pixels,
         max_pixels=2 * pixels,

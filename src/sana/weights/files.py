@@ -13,16 +13,18 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sana.config import from_json
 from sana.errors import CheckpointError
 
 FORMAT = 1
 HEADER_KEY = "sana"
+Config = TypeVar("Config")
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -33,7 +35,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            header = _parse_header(path, metadata)
+            header = parse_header(path, metadata)
             return header, {name: file.get_tensor(name) for name in file.keys()}, metadata
     except FileNotFoundError:
         raise _absent(path) from None
@@ -45,11 +47,24 @@ def read_header(path: Path) -> dict[str, Any]:
     """The header alone, without touching the tensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _parse_header(path, file.metadata() or {})
+            return parse_header(path, file.metadata() or {})
     except FileNotFoundError:
         raise _absent(path) from None
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
+
+
+def read_config(kind: type[Config], data: object, path: Path) -> Config:
+    """A config from the JSON of a header; CheckpointError naming the file if it is not one."""
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{path} has no {kind.__name__} in its header; the network is built from it; get the "
+            "file again"
+        )
+    try:
+        return from_json(kind, data)
+    except (CheckpointError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any], **metadata: str) -> bytes:
@@ -106,7 +121,7 @@ def _write_failure(target: Path | None, files: Mapping[Path, bytes], error: OSEr
     return message + "; make room or choose another folder (no file was left half-written)"
 
 
-def _parse_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def parse_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     text = metadata.get(HEADER_KEY)
     if text is None:
         found = ", ".join(sorted(metadata)) or "nothing"

@@ -50,7 +50,7 @@ class Move:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Their parts -> our tensor; a single part is not copied."""
-        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        whole = parts[0] if len(parts) == 1 else _concatenate(parts)
         return whole.flatten(1) if self.form != "same" and whole.ndim == 4 else whole
 
     def cut(self, whole: Tensor, patch_size: int = 1) -> list[Tensor]:
@@ -152,6 +152,13 @@ def patch_size(config: NetworkConfig) -> int:
     if isinstance(config, DCAEConfig):
         return 1
     return (config.dit if isinstance(config, ControlNetConfig) else config).patch_size
+
+
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; by shape alone on meta, where torch would import its compiler."""
+    if not parts[0].is_meta:
+        return torch.cat(list(parts))
+    return parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
 
 
 def _traits(config: NetworkConfig, name: str) -> dict[str, bool]:

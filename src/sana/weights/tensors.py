@@ -36,7 +36,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
 }
 MAX_HEADER = 100_000_000
-PIECE = 16_000_000
+PIECE = 4_000_000
 """Bytes that are read at once where they are cast or go to another device."""
 
 
@@ -80,8 +80,11 @@ def read(stored: Stored) -> Tensor:
     return tensor
 
 
-def read_into(stored: Stored, target: Tensor) -> None:
-    """Fill the flat `target`, of any dtype and on any device, with the tensor's values in order."""
+def read_into(stored: Stored, target: Tensor, buffer: Tensor | None = None) -> None:
+    """Fill the flat `target`, of any dtype and on any device, with the tensor's values in order.
+
+    `buffer` is PIECE bytes to read through; many tensors can share one.
+    """
     if not target.numel():
         return
     with stored.path.open("rb", buffering=0) as file:
@@ -90,10 +93,11 @@ def read_into(stored: Stored, target: Tensor) -> None:
             _fill(file, target, stored.path)
             return
         count = PIECE // stored.dtype.itemsize
-        buffer = torch.empty(min(count, target.numel()), dtype=stored.dtype)
+        room = torch.empty(PIECE, dtype=torch.uint8) if buffer is None else buffer
+        pieces = room.view(stored.dtype)
         for begin in range(0, target.numel(), count):
             part = target[begin : begin + count]
-            piece = buffer[: part.numel()]
+            piece = pieces[: part.numel()]
             _fill(file, piece, stored.path)
             part.copy_(piece)
 
