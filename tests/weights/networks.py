@@ -14,7 +14,7 @@ from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.weights.keys import NetworkConfig
 
-BASE = DiTConfig(width=64, depth=2, cross_heads=2, text_dim=32, latent_channels=8)
+BASE = DiTConfig(width=64, depth=2, cross_heads=2, text_dim=24, latent_channels=8)
 DITS = {
     "600m": replace(BASE, width=96, depth=3, cross_heads=4),
     "1600m": BASE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from sana.config import DCAEConfig, DiTConfig
 from weights.networks import DCAES, DITS, peer
 
 
-def make_pipeline(dit: DiTConfig = DITS["normed"], autoencoder: DCAEConfig = DCAES["sana"]) -> Any:
+DIT = replace(DITS["normed"], text_dim=32)
+
+
+def make_pipeline(dit: DiTConfig = DIT, autoencoder: DCAEConfig = DCAES["sana"]) -> Any:
     """Random weights, the same on every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -22,7 +22,7 @@ from sana.weights import detect, keys
 from sana.weights.load import load, load_autoencoder, load_controlnet, load_dit
 from sana.weights.locate import find_networks, settle
 from weights.networks import ALL, DCAES, DITS, peer, random_tensors
-from weights.pipelines import save_pipeline
+from weights.pipelines import DIT, save_pipeline
 
 pytestmark = pytest.mark.parity
 FOREIGN = ["original", "diffusers"]
@@ -50,7 +50,7 @@ def test_a_pipeline_that_diffusers_saved(saved: tuple[Path, Any]) -> None:
     folder, pipeline = saved
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1, "sharded, with an index"
     got = load(folder)
-    dit, autoencoder = DITS["normed"], DCAES["sana"]
+    dit, autoencoder = DIT, DCAES["sana"]
     assert got.config.reference == "nvidia" and got.config.dit.attention_eps == 1e-8
     assert dataclasses.replace(got.config.dit, attention_eps=1e-15, cross_norm_eps=1e-5) == dit
     assert got.config.autoencoder == dataclasses.replace(autoencoder, latent_scale=(1.0,))
@@ -75,7 +75,7 @@ def test_its_networks_compute_the_same(saved: tuple[Path, Any]) -> None:
     got = load(folder, reference="diffusers")
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(2, 8, 4, 6, generator=generator)
-    text = torch.randn(2, 5, DITS["normed"].text_dim, generator=generator)
+    text = torch.randn(2, 5, DIT.text_dim, generator=generator)
     time = torch.tensor([0.9, 0.3])
     with torch.no_grad():
         wanted = pipeline.transformer(latent, text, time * 1000, return_dict=False)[0]
@@ -225,7 +225,7 @@ def test_faults_of_shards(folder: Path) -> None:
 
 def test_variants(folder: Path) -> None:
     """fp16 and bf16 beside the full weights: the one that suits the dtype, or the one asked for."""
-    config = DITS["normed"]
+    config = DIT
     network: Any = peer(config)
     place = folder / "transformer"
     shutil.rmtree(place)
