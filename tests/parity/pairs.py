@@ -40,10 +40,10 @@ def ours_from(tensors: dict[str, Tensor], config: NetworkConfig) -> Any:
 
 
 def faulty(network: Any, name: str) -> Any:
-    """A planted fault: a copy whose first values of one weight are one percent larger."""
+    """A planted fault: a copy of which one weight tensor is one percent larger."""
     made = copy.deepcopy(network)
     with torch.no_grad():
-        made.get_parameter(name)[0].mul_(1.01)
+        made.get_parameter(name).mul_(1.01)
     return made
 
 
