@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 import sana
 from sana.cli.data import stickers
+from sana.cli.doctor import doctor
 from sana.cli.generate import generate
 from sana.cli.info import info
 from sana.cli.main import VERBS
@@ -77,7 +78,7 @@ def test_request_fields() -> None:
 
 
 def test_verbs() -> None:
-    assert list(VERBS) == ["generate", "info", "data", "train"]
+    assert list(VERBS) == ["generate", "info", "data", "train", "doctor"]
 
 
 def test_flags() -> None:
@@ -93,4 +94,5 @@ def test_flags() -> None:
     ]
     assert flags(info) == ["TARGET"]
     assert flags(train) == ["RECIPE", "OVERRIDES"]
+    assert flags(doctor) == ["--memory", "--json"]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

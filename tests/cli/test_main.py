@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sana import __version__
 from sana.cli import main as cli
@@ -114,6 +115,7 @@ def test_bad_flags_are_one_line_on_stderr(
         (OSError(28, "no space left to write x"), 1, "no space left to write x"),
         (OSError("odd"), 1, "odd"),
         (MemoryError(), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "--memory"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
