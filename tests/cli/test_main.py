@@ -115,7 +115,7 @@ def test_bad_flags_are_one_line_on_stderr(
         (OSError(28, "no space left to write x"), 1, "no space left to write x"),
         (OSError("odd"), 1, "odd"),
         (MemoryError(), 1, "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "--memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory; ask"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

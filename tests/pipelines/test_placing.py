@@ -19,10 +19,11 @@ from sana.cli.main import main
 from sana.errors import NumericsError, RequestError
 from sana.models.tiling import decode_tiled
 from sana.pipelines import placing
-from sana.pipelines.footprint import Canvas
-from sana.pipelines.memory import MemoryPlan
+from sana.pipelines.footprint import Canvas, Widths
+from sana.pipelines.memory import CUDA_CONTEXT, MemoryPlan
 from sana.pipelines.pipeline import Pipeline, load
-from sana.pipelines.placing import free_memory, is_out_of_memory
+from sana.pipelines.placing import bounds, first_device, free_memory, is_out_of_memory
+from sana.presets import preset
 from sana.request import Request
 from standins import tiny_components
 
@@ -224,3 +225,27 @@ def test_a_canvas_holds_what_the_request_makes_the_network_see() -> None:
     assert pipeline._placing._canvas == Canvas(width=1024, height=1024, batch=2)
     pipeline.memory_plan(FOX.replace(pag_scale=2.0, pag_blocks=(1,)))
     assert pipeline._placing._canvas == Canvas(width=96, height=64, batch=3)
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "device"),
+    [(80, None, "cuda"), (8, None, "cpu"), (80, 8, "cpu"), (80, 12, "cuda"), (1, None, "cpu")],
+)
+def test_weights_are_read_straight_to_the_device_only_if_all_stay(
+    free: int, limit: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "free_memory", lambda _: free * 2**30)
+    config = preset("sana-1600m-1024").config
+    stated = None if limit is None else limit * 2**30
+    assert first_device(config, Widths(), torch.device("cuda"), stated).type == device
+    assert first_device(config, Widths(), torch.device("cpu"), stated).type == "cpu"
+
+
+def test_what_a_user_states_is_the_whole_and_what_is_free_is_beside_cuda() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    gib = 2**30
+    assert bounds(cuda, None, 5 * gib) == (5 * gib, 0)
+    assert bounds(cuda, 8 * gib, 80 * gib) == (8 * gib, CUDA_CONTEXT)
+    assert bounds(cuda, 8 * gib, 5 * gib) == (5 * gib + CUDA_CONTEXT, CUDA_CONTEXT)
+    assert bounds(cpu, 8 * gib, None) == (8 * gib, 0)
+    assert bounds(cpu, None, None) == (None, 0)

@@ -22,7 +22,7 @@ from sana.pipelines.denoising import make_denoiser
 from sana.pipelines.footprint import Canvas
 from sana.pipelines.images import to_pil
 from sana.pipelines.memory import MemoryPlan, parse
-from sana.pipelines.placing import Placing
+from sana.pipelines.placing import Placing, first_device
 from sana.pipelines.precision import announce, check_finite, choose, name
 from sana.pipelines.reading import read_pictures
 from sana.pipelines.start import Plan
@@ -37,6 +37,7 @@ from sana.samplers import (
 )
 
 if TYPE_CHECKING:
+    from sana.config import ModelConfig
     from sana.request import Request
     from sana.weights.load import Components
 
@@ -227,17 +228,21 @@ def load(
     the device; a `dtype` that would break the model is corrected with a warning. `memory`, in bytes
     or such as "8GiB", is what may be taken of the device.
     """
+    from sana.weights.load import Where
     from sana.weights.load import load as load_components
 
     limit = parse(memory) if isinstance(memory, str) else memory
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    components = load_components(name_or_path, device="cpu", dtype=dtype or torch.float32)
-    precision = choose(components.config, place, dtype)
-    announce(precision)
-    components.dit.to(precision.dit)
-    components.autoencoder.to(precision.autoencoder)
-    if isinstance(components.text, torch.nn.Module):
-        components.text.to(precision.text)
-    if components.controlnet is not None:
-        components.controlnet.to(precision.dit)
+
+    def where(config: ModelConfig) -> Where:
+        precision = choose(config, place, dtype)
+        announce(precision)
+        return Where(
+            device=first_device(config, precision.widths, place, limit),
+            dit=precision.dit,
+            autoencoder=precision.autoencoder,
+            text=precision.text,
+        )
+
+    components = load_components(name_or_path, dtype=dtype or torch.float32, where=where)
     return Pipeline(components, device=place, memory=limit)

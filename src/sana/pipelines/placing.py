@@ -31,6 +31,7 @@ from sana.pipelines.offload import Offload, tensors_of
 from sana.pipelines.precision import check_finite
 
 if TYPE_CHECKING:
+    from sana.config import ModelConfig
     from sana.weights.load import Components
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,7 @@ class Placing:
 
     def prepare(self, canvas: Canvas) -> MemoryPlan:
         """Plan for `canvas` and go by it; raises `RequestError` if a stated limit is too low."""
-        limit, reserve = self._limit, 0
-        if limit is not None and self.device.type == "cuda":
-            reserve = CUDA_CONTEXT
-        free = self._free()
-        if free is not None:
-            limit = free + reserve if limit is None else min(limit, free + reserve)
+        limit, reserve = bounds(self.device, self._limit, self._free())
         try:
             chosen = plan(
                 self._config,
@@ -152,6 +148,33 @@ class Placing:
         kind = self.device.type
         tensors = (t for network in self._networks.values() for _, t in tensors_of(network))
         return free + sum(tensor.nbytes for tensor in tensors if tensor.device.type == kind)
+
+
+def first_device(
+    config: ModelConfig, widths: Widths, device: torch.device, limit: int | None
+) -> torch.device:
+    """Where to read the weights to: `device`, unless they will not all stay there."""
+    if device.type != "cuda":
+        return device
+    canvas = Canvas(width=config.pixels, height=config.pixels)
+    available, reserve = bounds(device, limit, free_memory(device))
+    try:
+        chosen = plan(config, canvas, available, widths=widths, reserve=reserve)
+    except DoesNotFit:
+        # A smaller picture may still fit, and only a request says what is drawn.
+        return torch.device("cpu")
+    return torch.device("cpu") if chosen.offloads else device
+
+
+def bounds(device: torch.device, stated: int | None, free: int | None) -> tuple[int | None, int]:
+    """What a plan may take, and how much of it CUDA takes itself.
+
+    What is free is counted beside CUDA's own; what a user states is the whole.
+    """
+    reserve = CUDA_CONTEXT if stated is not None and device.type == "cuda" else 0
+    if free is None:
+        return stated, reserve
+    return free + reserve if stated is None else min(stated, free + reserve), reserve
 
 
 def free_memory(device: torch.device | str) -> int | None:

@@ -8,6 +8,7 @@ over, every shape must fit. Start reading at `load`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +60,16 @@ class Components:
     controlnet: ControlNet | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """The device that a model's weights are read to, and the dtype of each network."""
+
+    device: str | torch.device
+    dit: torch.dtype
+    autoencoder: torch.dtype
+    text: torch.dtype
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -66,16 +77,19 @@ def load(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     reference: Reference | None = None,
+    where: Callable[[ModelConfig], Where] | None = None,
 ) -> Components:
     """Load a model by preset name, from a folder of ours or diffusers', or from a single file.
 
     `variant` chooses between weights in a diffusers folder; by default the one that suits `dtype`.
     `reference` chooses the convention (docs/models.md); by default the one of the training. Gemma-2
-    overflows in fp16 and is then kept in bf16. Raises `RequestError` for a name without weights and
-    `CheckpointError` for files that are missing, unreadable, or do not fit together.
+    overflows in fp16 and is then kept in bf16. `where` decides device and dtypes anew once the
+    config is known. Raises `RequestError` for a name without weights and `CheckpointError` for
+    files that are missing, unreadable, or do not fit together.
     """
     if str(name_or_path) in PRESETS and PRESETS[str(name_or_path)].source == "random":
-        return _make_tiny(preset(str(name_or_path)).config, torch.device(device), dtype)
+        config = preset(str(name_or_path)).config
+        return _make_tiny(config, _settled(config, device, dtype, where))
     path = find_folder(name_or_path)
     if path.is_dir() and is_ours(path):
         found = our_survey(path)
@@ -84,18 +98,30 @@ def load(
     else:
         found = survey(path, variant=variant, dtype=_name(dtype), reference=reference)
         config = found.config
+    at = _settled(config, device, dtype, where)
     networks = found.networks
     controlnet = None
     if config.controlnet is not None:
-        controlnet = build(networks["controlnet"], config.controlnet, device, dtype)
+        controlnet = build(networks["controlnet"], config.controlnet, at.device, at.dit)
     return Components(
         config=config,
-        dit=build(networks["transformer"], config.dit, device, dtype),
-        autoencoder=build(networks["autoencoder"], config.autoencoder, device, dtype),
-        text=_load_text_of(found, config.reference, path, device, dtype),
+        dit=build(networks["transformer"], config.dit, at.device, at.dit),
+        autoencoder=build(networks["autoencoder"], config.autoencoder, at.device, at.autoencoder),
+        text=_load_text_of(found, config.reference, path, at.device, at.text),
         header={**found.header, "config": to_json(config)},
         controlnet=controlnet,
     )
+
+
+def _settled(
+    config: ModelConfig,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    where: Callable[[ModelConfig], Where] | None,
+) -> Where:
+    if where is not None:
+        return where(config)
+    return Where(device=device, dit=dtype, autoencoder=dtype, text=dtype)
 
 
 def load_dit(
@@ -276,7 +302,7 @@ def _require_same(path: Path, got: object, expected: dict[str, Any]) -> None:
     )
 
 
-def _make_tiny(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Components:
+def _make_tiny(config: ModelConfig, at: Where) -> Components:
     """Random weights, the same on every call; zero-initialized layers are opened up as well."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(TINY_SEED)
@@ -288,10 +314,10 @@ def _make_tiny(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
                 _open_zeros(network)
     return Components(
         config=config,
-        dit=dit.to(device, dtype).eval(),
-        autoencoder=autoencoder.to(device, dtype).eval(),
-        text=text.to(device, dtype),
-        controlnet=controlnet and controlnet.to(device, dtype).eval(),
+        dit=dit.to(at.device, at.dit).eval(),
+        autoencoder=autoencoder.to(at.device, at.autoencoder).eval(),
+        text=text.to(at.device, at.text),
+        controlnet=controlnet and controlnet.to(at.device, at.dit).eval(),
         header={"recipe": f"random weights, seed {TINY_SEED}", "config": to_json(config)},
     )
 
