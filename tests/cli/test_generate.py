@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sana import __version__
 from sana.cli.generate import _slug
@@ -220,6 +221,31 @@ def test_a_file_that_changed_or_went_is_refused(capsys: pytest.CaptureFixture[st
     )
     draw("--again", "first.png", "--image", "kept.png", "-o", "second.png")
     assert pixels("first.png") == pixels("second.png")
+
+
+def test_loras_are_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    weights = {
+        f"{layer}.lora_A.weight": torch.ones(2, 64),
+        f"{layer}.lora_B.weight": torch.ones(64, 2),
+    }
+    save_file(weights, "a.safetensors")
+    os.mkdir("peft")
+    save_file(weights, "peft/adapter_model.safetensors")
+    scales = ("--lora-scale", "0.5", "--lora-scale", "-0.25")
+    draw("a fox", "--lora", "a.safetensors", "--lora", "peft", *scales, "-o", "first.png")
+    draw("a fox", "-o", "plain.png")
+    assert pixels("first.png") != pixels("plain.png")
+    draw("--again", "first.png", "-o", "second.png")
+    capsys.readouterr()
+    assert main(["info", "first.png"]) == 0
+    command, rest = capsys.readouterr().out.split("\nmodel: tiny\n")
+    assert "a.safetensors" in rest
+    assert main([*shlex.split(command)[1:], "-o", "third.png"]) == 0
+    assert pixels("first.png") == pixels("second.png") == pixels("third.png")
+    save_file({**weights, "x.alpha": torch.ones(1)}, "a.safetensors")
+    draw("--again", "first.png", code=2)
+    assert "made with loras a.safetensors, and a.safetensors has changed" in capsys.readouterr().err
 
 
 def test_previews_of_every_second_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,9 +58,10 @@ def warn_of_changes(made: dict[str, Any], origin: dict[str, Any]) -> None:
 def _found(file: str, name: str, picture: Path, hashes: Any) -> str:
     """The file itself, or one of its name beside the picture; refused if its content is another."""
     known = hashes.get(file) if isinstance(hashes, dict) else None
-    places = [path for path in (Path(file), picture.parent / Path(file).name) if path.is_file()]
+    places = [path for path in (Path(file), picture.parent / Path(file).name) if path.exists()]
     for path in places:
-        if known is None or digest_of(path) == known:
+        # A LoRA may be a folder, of which no hash is kept.
+        if known is None or (path.is_file() and digest_of(path) == known):
             return str(path)
     what = f"{picture} was made with {name} {file}"
     way_out = f"put it back, or name another with {flag(name)}"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sana.errors import RequestError
+from sana.presets import PRESETS
 
 if TYPE_CHECKING:
     from sana.config import ModelConfig
@@ -95,9 +96,10 @@ def _check_side(name: str, side: int, config: ModelConfig, request: Request) -> 
 def _refusals(request: Any, config: ModelConfig) -> Iterator[str]:
     """Why this model cannot honour the request, each with the way out."""
     if request.control is not None and config.controlnet is None:
+        with_one = [name for name, row in PRESETS.items() if row.config.controlnet is not None]
         yield (
             f"control is {request.control!r} and {config.name} has no ControlNet; choose a model "
-            "with one, for example sana-1600m-1024-controlnet-hed"
+            f"with one: {', '.join(with_one)}, or a folder that holds one"
         )
     for block in request.pag_blocks:
         if block >= config.dit.depth:
