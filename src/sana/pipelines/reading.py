@@ -23,7 +23,8 @@ from sana.errors import RequestError
 if TYPE_CHECKING:
     from sana.request import Request
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+# TIFF is left out: libtiff writes to stderr itself, and is much to trust with a stranger's file.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 PIXEL_LIMIT = 8192 * 8192
 ROLES = ("image", "mask", "control")
 # What Pillow raises for a file that is not what it says it is.
@@ -40,6 +41,7 @@ def read_picture(source: Path | BytesIO, role: str, name: str) -> Image.Image:
     """One picture, from its file or its bytes, upright and RGB (or a mask of 0 and 255)."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source, formats=FORMATS) as image:
                 return converted(image, role, name)
@@ -51,8 +53,8 @@ def read_picture(source: Path | BytesIO, role: str, name: str) -> Image.Image:
         ) from None
     except UnidentifiedImageError:
         raise RequestError(
-            f"{role} {name} is no picture that can be read; it must be PNG, JPEG, WebP, BMP, TIFF "
-            "or GIF, so convert it"
+            f"{role} {name} is no picture that can be read; it must be PNG, JPEG, WebP, BMP or "
+            "GIF, so convert it"
         ) from None
     except RequestError:
         raise
@@ -68,7 +70,9 @@ def converted(image: Image.Image, role: str, name: str) -> Image.Image:
     _check(image, role, name)
     try:
         image.load()
-        upright = _eight_bits(ImageOps.exif_transpose(image), role, name)
+        # Some releases of Pillow open 16-bit grey PNGs in the mode of 32-bit samples.
+        is_deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+        upright = _eight_bits(ImageOps.exif_transpose(image), role, name, is_deep=is_deep)
         if role != "mask":
             return _composited(upright, "white")
         return _composited(upright, "black").convert("L").point([0] * 128 + [255] * 128)
@@ -136,9 +140,9 @@ def _damage(role: str, name: str, error: Exception) -> str:
     )
 
 
-def _eight_bits(image: Image.Image, role: str, name: str) -> Image.Image:
-    """The same picture with at most 8 bits a sample."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+def _eight_bits(image: Image.Image, role: str, name: str, *, is_deep: bool) -> Image.Image:
+    """The same picture with at most 8 bits a sample; `is_deep`: it has 16."""
+    if is_deep:
         samples = np.asarray(image).astype(np.int64)
         return Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
