@@ -116,3 +116,16 @@ def test_unknown_names_get_the_nearest_one() -> None:
         preset("sticker512")
     with pytest.raises(RequestError, match="known: sticker-512, tiny, .*sana-600m-512"):
         preset("???")
+
+
+def test_only_fp16_trained_models_clip_their_attention() -> None:
+    for name, known in PRESETS.items():
+        assert known.config.dit.clamps == (known.precision == "fp16"), name
+
+
+def test_shifts_are_those_of_nvidias_programs() -> None:
+    shifts = {name: known.config.sampling.shift for name, known in PRESETS.items()}
+    assert shifts["sana-600m-1024"] == 4.0
+    assert shifts["sana-1600m-4096"] == 6.0
+    assert shifts["sana-1600m-1024"] == shifts["sana1.5-4800m-1024"] == 3.0
+    assert shifts["sana-sprint-600m-1024"] == 1.0
