@@ -10,12 +10,13 @@ import torch
 
 from live_bytes import LiveBytes, peak_bytes
 from numerics import assert_detects
-from sana.config import ControlNetConfig, DCAEConfig, TextConfig
+from sana.config import ControlNetConfig, DCAEConfig, GemmaConfig, TextConfig
 from sana.models import dcae
 from sana.models.bert import Bert
 from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
+from sana.models.gemma import GemmaDecoder
 from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
 from sana.presets import AUTOENCODERS, PRESETS, preset
@@ -58,7 +59,9 @@ def test_our_own_weights_are_counted_exactly(name: str) -> None:
 
 
 def test_gemmas_weights_are_the_published_number() -> None:
-    assert footprint.text_parameters(preset("sana-1600m-1024").config.text) == 2_614_341_888
+    text = preset("sana-1600m-1024").config.text
+    assert footprint.text_parameters(text) == 2_614_341_888
+    assert footprint.text_parameters(text) == count(lambda: GemmaDecoder(GemmaConfig()))
     weights = footprint.weights(preset("sana1.5-4800m-1024").config, Widths())
     assert weights.dit == 2 * 4_721_825_952
     assert weights.dit_streamed < weights.dit / 10
@@ -132,6 +135,17 @@ def test_reading_a_prompt_takes_no_more_than_is_estimated() -> None:
     measured = peak_bytes(lambda: network(ids, mask))
     estimate = footprint.text_work(config, 4)
     assert measured <= estimate < 6 * measured
+
+
+def test_gemma_takes_what_is_estimated_for_instruction_and_prompt() -> None:
+    tokens = 300 + footprint.INSTRUCTION_TOKENS
+    with torch.device("meta"):
+        network = GemmaDecoder(GemmaConfig(layers=1)).to(BF16)
+        ids = torch.empty(1, tokens, dtype=torch.int64)
+    measured = peak_bytes(lambda: network(ids))
+    estimate = footprint.text_work(preset("sana-1600m-1024").config.text, 2)
+    print(f"estimate {estimate / 2**20:.1f} MiB, measured {measured / 2**20:.1f}")
+    assert measured <= estimate < 3 * measured
 
 
 def test_the_account_of_live_bytes_counts_what_is_alive() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gemmas import tiny_gemma
 from live_bytes import LiveBytes
 from numerics import assert_detects
 from sana.models.dcae import DCAE
@@ -199,3 +200,29 @@ def test_a_run_that_was_broken_off_leaves_no_stale_block() -> None:
 def test_the_longest_list_is_the_blocks() -> None:
     network = LinearDiT(replace(CONFIG.dit, depth=3))
     assert longest_list(network) is network.blocks
+
+
+def test_gemma_streams_with_its_table_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LARGE_TABLE", 1000)
+    prompts = ["a red fox", "3 cats in the snow"]
+    expected = [tiny_gemma().encode([prompt]).states for prompt in prompts]
+    gemma = tiny_gemma()
+    stage = Offload({"text": gemma}, CPU)
+    stage.follow(MemoryPlan(text="streams"))
+    looked_up = []
+    plain = offload.Table._gather
+
+    def gather(table: Any, module: nn.Module, inputs: Any) -> Any:
+        result = plain(table, module, inputs)
+        looked_up.append(len(gemma.model.embed_tokens.weight))
+        return result
+
+    monkeypatch.setattr(offload.Table, "_gather", gather)
+    for _ in range(2):
+        stage.enter("text")
+        with torch.inference_mode():
+            got = [gemma.encode([prompt]).states for prompt in prompts]
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        stage.rest()
+    assert looked_up
+    assert max(looked_up) < len(gemma.model.embed_tokens.weight) / 2
