@@ -13,7 +13,6 @@ from gemmas import peer_of, peer_tokenizer, tiny_gemma
 from sana.config import DCAEConfig, DiTConfig
 from weights.networks import DCAES, DITS, peer
 
-
 DIT = replace(DITS["normed"], text_dim=32)
 
 

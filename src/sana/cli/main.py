@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 VERBS = {
     "generate": "Draw pictures from a sentence.",
     "info": "Say how a picture was made, what a model is, or which models there are.",
+    "convert": "Convert weights between layouts: NVIDIA's, diffusers', single file, ours.",
     "data": "Make the data that models are trained on.",
     "train": "Train a model by a recipe.",
     "doctor": "Say what is installed, what it can compute on, and which models would fit.",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from sana.config import ControlNetConfig, DCAEConfig, DiTConfig, GemmaConfig, Reference, TextConfig
+from sana.config import ControlNetConfig, DCAEConfig, GemmaConfig, Reference, TextConfig
 from sana.errors import CheckpointError
 from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
@@ -33,20 +33,21 @@ def build(
 
     What an original file holds beside it (a ControlNet's base, unused tables) is left out.
     """
-    makers: dict[type[NetworkConfig], Callable[[Any], nn.Module]] = {
-        DiTConfig: LinearDiT,
-        ControlNetConfig: ControlNet,
-        DCAEConfig: DCAE,
-    }
-    make = makers[type(config)]
     return fill(
-        lambda: make(config),
+        lambda: make_network(config),
         _in_files(found),
         f"{found.source} ({found.kind})",
         names=(found.layout, config),
         device=device,
         dtype=dtype,
     )
+
+
+def make_network(config: NetworkConfig) -> nn.Module:
+    """LinearDiT, ControlNet or DCAE, with the weights that it begins training with."""
+    if isinstance(config, DCAEConfig):
+        return DCAE(config)
+    return ControlNet(config) if isinstance(config, ControlNetConfig) else LinearDiT(config)
 
 
 def build_gemma2(

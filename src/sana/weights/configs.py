@@ -19,6 +19,7 @@ from sana.config import (
     ControlNetConfig,
     DCAEConfig,
     DiTConfig,
+    GemmaConfig,
     NormKind,
     SamplingConfig,
     StageConfig,
@@ -212,6 +213,27 @@ def write_scheduler(sampling: SamplingConfig) -> dict[str, Any]:
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
         "flow_shift": sampling.shift,
+    }
+
+
+def write_gemma() -> dict[str, Any]:
+    """The config.json of Gemma-2-2B, for files that came without one."""
+    config = GemmaConfig()
+    return {
+        "architectures": ["Gemma2Model"],
+        "model_type": "gemma2",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_width,
+        "vocab_size": config.vocabulary,
+        "query_pre_attn_scalar": int(config.query_scale),
+        "attn_logit_softcapping": config.soft_cap,
+        "sliding_window": config.window,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
     }
 
 

@@ -7,6 +7,7 @@ numbers; whatever else a pickle asks for ends the reading before it happens. Sta
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if content not in ("zip", "pickle"):
         raise CheckpointError(f"{path} is no torch file (it holds {content} data); check the path")
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=content == "zip")
+        with warnings.catch_warnings():
+            # Another protocol is no fault of the file; what is not understood is refused.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            loaded: Any = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=content == "zip"
+            )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} asks for more than tensors and plain values ({_reason(error)}); loading it "

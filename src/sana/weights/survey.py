@@ -67,8 +67,9 @@ def survey(
             f"{path} has no {' and no '.join(missing)} (it has {', '.join(networks)}); a picture "
             "needs all three: put them beside it, each as its file or folder"
         )
-    config = _assemble(networks, root, like)
-    config = with_reference(config, reference or config.reference)
+    config = assemble(networks, root, like)
+    if reference is not None:
+        config = with_reference(config, reference)
     origin = {kind: str(found.source) for kind, found in networks.items()}
     return Survey(
         config=config,
@@ -116,7 +117,7 @@ def _add_neighbours(
             networks.setdefault(network.kind, network)
 
 
-def _assemble(networks: Mapping[PartKind, Found], root: Path, like: Preset | None) -> ModelConfig:
+def assemble(networks: Mapping[PartKind, Found], root: Path, like: Preset | None) -> ModelConfig:
     found = networks["transformer"]
     dit = settle(found, like.config.dit if like else None)
     autoencoder = settle(networks["autoencoder"], like.config.autoencoder if like else None)
@@ -128,7 +129,7 @@ def _assemble(networks: Mapping[PartKind, Found], root: Path, like: Preset | Non
     controlnet = settle(control) if control else None
     assert controlnet is None or isinstance(controlnet, ControlNetConfig)
     pixels = base.config.pixels if base else size or 1024
-    return ModelConfig(
+    model = ModelConfig(
         name=base.config.name if base else "custom",
         dit=dit,
         autoencoder=autoencoder,
@@ -139,6 +140,7 @@ def _assemble(networks: Mapping[PartKind, Found], root: Path, like: Preset | Non
         trained_on_bins=base.config.trained_on_bins if base else True,
         controlnet=controlnet,
     )
+    return with_reference(model, model.reference)
 
 
 def match_preset(dit: DiTConfig, pixels: int, precision: str | None = None) -> Preset | None:
