@@ -78,7 +78,7 @@ def test_request_fields() -> None:
 
 
 def test_verbs() -> None:
-    assert list(VERBS) == ["generate", "info", "data", "train", "doctor"]
+    assert list(VERBS) == ["generate", "info", "convert", "data", "train", "doctor"]
 
 
 def test_flags() -> None:
