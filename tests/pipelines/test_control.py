@@ -158,3 +158,10 @@ def test_parts_that_hold_no_step_are_refused() -> None:
 def test_a_model_without_a_controlnet_refuses_control() -> None:
     with pytest.raises(RequestError, match="control is 'edges' and tiny has no ControlNet; choose"):
         Pipeline(tiny_components()).steps(EDGES, IMAGES)
+
+
+def test_fingerprint_tells_controlnets_apart(pipeline: Pipeline) -> None:
+    components = tiny_components("tiny-controlnet")
+    assert Pipeline(components).fingerprint == pipeline.fingerprint
+    components.controlnet.control_input.weight.data[0, 0] += 1e-3
+    assert Pipeline(components).fingerprint != pipeline.fingerprint

@@ -114,7 +114,8 @@ class Pipeline:
         """Twelve hex digits of the weights: the first numbers of every tensor, hashed."""
         self._placing.rest()
         digest = hashlib.sha256()
-        parts = (self.components.dit, self.components.autoencoder, self.components.text)
+        whole = self.components
+        parts = (whole.dit, whole.autoencoder, whole.text, whole.controlnet)
         for network in (part for part in parts if isinstance(part, torch.nn.Module)):
             for key, tensor in sorted(network.state_dict().items()):
                 sample = tensor.detach().flatten()[:64].double().cpu()
