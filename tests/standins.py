@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.presets import preset
@@ -29,17 +30,25 @@ class Letters:
         states: Tensor = torch.randn(1, length, self.width, generator=generator)
         return SimpleNamespace(states=states, mask=torch.ones(1, length, dtype=torch.bool))
 
+    def encode_negative(self, prompts: Sequence[str], length: int | None = None) -> Any:
+        return self.encode(prompts)
 
-def tiny_components() -> Any:
+
+def tiny_components(name: str = "tiny") -> Any:
     """Fresh components with every parameter random, so that text and time have an effect."""
-    config = preset("tiny").config
+    config = preset(name).config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         dit, autoencoder = LinearDiT(config.dit), DCAE(config.autoencoder)
-        for network in (dit, autoencoder):
+        controlnet = ControlNet(config.controlnet) if config.controlnet else None
+        for network in filter(None, (dit, autoencoder, controlnet)):
             for parameter in network.parameters():
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
         dit.text_norm.weight.data.fill_(1.0)
     return SimpleNamespace(
-        config=config, dit=dit, autoencoder=autoencoder, text=Letters(config.text.width)
+        config=config,
+        dit=dit,
+        autoencoder=autoencoder,
+        text=Letters(config.text.width),
+        controlnet=controlnet,
     )

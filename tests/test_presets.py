@@ -44,7 +44,7 @@ AUTOENCODER_PARTS = {
     "dc-ae-f128c512-in-1.0": (1_120_682_252, 415_661_056, 705_021_196),
     "dc-ae-f128c512-mix-1.0": (1_120_682_252, 415_661_056, 705_021_196),
 }
-OURS = ["sticker-512", "tiny"]
+OURS = ["sticker-512", "tiny", "tiny-sprint", "tiny-controlnet"]
 
 
 def count(network: nn.Module) -> int:
@@ -114,5 +114,18 @@ def test_our_models_have_the_same_parts() -> None:
 def test_unknown_names_get_the_nearest_one() -> None:
     with pytest.raises(RequestError, match="no model 'sticker512'.*did you mean 'sticker-512'"):
         preset("sticker512")
-    with pytest.raises(RequestError, match="known: sticker-512, tiny, sana-600m-512"):
+    with pytest.raises(RequestError, match="known: sticker-512, tiny, .*sana-600m-512"):
         preset("???")
+
+
+def test_only_fp16_trained_models_clip_their_attention() -> None:
+    for name, known in PRESETS.items():
+        assert known.config.dit.clamps == (known.precision == "fp16"), name
+
+
+def test_shifts_are_those_of_nvidias_programs() -> None:
+    shifts = {name: known.config.sampling.shift for name, known in PRESETS.items()}
+    assert shifts["sana-600m-1024"] == 4.0
+    assert shifts["sana-1600m-4096"] == 6.0
+    assert shifts["sana-1600m-1024"] == shifts["sana1.5-4800m-1024"] == 3.0
+    assert shifts["sana-sprint-600m-1024"] == 1.0

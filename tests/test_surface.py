@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 import sana
 from sana.cli.data import stickers
+from sana.cli.doctor import doctor
 from sana.cli.generate import generate
 from sana.cli.info import info
 from sana.cli.main import VERBS
@@ -35,9 +36,14 @@ def flags(command: Any) -> list[str]:
 def test_public_names() -> None:
     assert sorted(sana.__all__) == ["Pipeline", "Request", "__version__", "load", "presets"]
     assert all(getattr(sana, name) for name in sana.__all__)
-    assert list(inspect.signature(sana.load).parameters) == ["name_or_path", "device", "dtype"]
+    assert list(inspect.signature(sana.load).parameters) == [
+        *("name_or_path", "device", "dtype", "memory"),
+    ]
     public = [name for name in vars(sana.Pipeline) if not name.startswith("_")]
-    assert public == ["resolve", "steps", "generate", "fingerprint", "decode"]
+    assert public == [
+        *("resolve", "steps", "generate", "finish", "device", "dtype"),
+        *("memory_plan", "fingerprint", "decode", "encode", "preview"),
+    ]
 
 
 def test_request_fields() -> None:
@@ -50,22 +56,43 @@ def test_request_fields() -> None:
         "count",
         "width",
         "height",
+        "binning",
         "sampler",
         "shift",
+        "guidance_interval",
+        "pag_scale",
+        "pag_blocks",
+        "image",
+        "strength",
+        "mask",
+        "feather",
+        "control",
+        "control_detector",
+        "control_scale",
+        "control_start",
+        "control_end",
+        "loras",
+        "lora_scales",
         "model",
     ]
 
 
 def test_verbs() -> None:
-    assert list(VERBS) == ["generate", "info", "data", "train"]
+    assert list(VERBS) == ["generate", "info", "convert", "data", "train", "doctor"]
 
 
 def test_flags() -> None:
     assert flags(generate) == [
-        *("PROMPT", "--negative-prompt", "-n", "--steps", "--guidance", "--seed", "-s", "--count"),
-        *("--width", "-W", "--height", "-H", "--sampler", "--shift", "--model", "-m"),
-        *("--output", "-o", "--again", "--threads"),
+        *("PROMPT", "--negative-prompt", "-n", "--seed", "-s", "--count"),
+        *("--width", "-W", "--height", "-H", "--binning"),
+        *("--image", "-i", "--strength", "--mask", "--feather"),
+        *("--control", "--control-detector", "--control-scale", "--control-start", "--control-end"),
+        *("--steps", "--guidance", "--sampler", "--shift", "--guidance-interval"),
+        *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
+        *("--output", "-o", "--again", "--preview", "--preview_interval"),
+        *("--device", "--dtype", "--memory", "--threads"),
     ]
     assert flags(info) == ["TARGET"]
     assert flags(train) == ["RECIPE", "OVERRIDES"]
+    assert flags(doctor) == ["--memory", "--json"]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

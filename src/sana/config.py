@@ -12,7 +12,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from sana.errors import CheckpointError
@@ -21,7 +21,13 @@ BlockKind = Literal["residual", "efficientvit"]
 Resample = Literal["conv", "pixel_unshuffle", "interpolate", "pixel_shuffle"]
 NormKind = Literal["rms", "batch"]
 Activation = Literal["relu", "silu"]
-SamplerName = Literal["dpm", "euler"]
+SamplerName = Literal["dpm", "euler", "scm"]
+Reference = Literal["nvidia", "diffusers"]
+EPSILONS: Mapping[Reference, tuple[float, float]] = {
+    "nvidia": (1e-8, 1e-6),
+    "diffusers": (1e-15, 1e-5),
+}
+"""Of linear attention, and of the query and key norms of cross-attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,8 @@ class DiTConfig:
     attention_eps: float = 1e-15
     self_norm_eps: float = 1e-5
     cross_norm_eps: float = 1e-5
+    clamps: bool = False
+    """Whether attention output is clipped to the range of fp16 in every dtype (fp16-trained)."""
     refiner: RefinerConfig | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +88,21 @@ class DiTConfig:
     @property
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetConfig:
+    """A ControlNet: a copy of the stem and of the first `depth` blocks of a transformer.
+
+    `dit` describes the stem and the blocks; its own `depth` is the base's where that is known and
+    plays no part in the ControlNet. No official one has query and key norms.
+    """
+
+    dit: DiTConfig
+    depth: int = 7
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, f"ControlNet depth is {self.depth}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +180,34 @@ class TextConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GemmaConfig:
+    """A Gemma-2 decoder, as its own folder describes it; the defaults are those of the 2B."""
+
+    width: int = 2304
+    layers: int = 26
+    heads: int = 8
+    key_heads: int = 4
+    head_dim: int = 256
+    mlp_width: int = 9216
+    vocabulary: int = 256000
+    query_scale: float = 256.0
+    """Attention logits are divided by its square root."""
+    soft_cap: float = 50.0
+    """Logits are cap * tanh(logits / cap)."""
+    window: int = 4096
+    """Every other layer looks back this far; no prompt is longer."""
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require(
+            self.heads % self.key_heads == 0,
+            f"Gemma-2 has {self.heads} query and {self.key_heads} key heads; the first must be a "
+            "multiple of the second",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
     """Sampling defaults and the time convention that the weights were trained with."""
 
@@ -184,6 +235,11 @@ class ModelConfig:
     """Default side of a picture."""
     max_pixels: int = 1024
     """Largest side the model may be asked for."""
+    trained_on_bins: bool = False
+    """Whether training saw the published aspect-ratio table, so that drawing keeps to it."""
+    reference: Reference = "nvidia"
+    """Whose conventions hold where the two public implementations differ (docs/models.md)."""
+    controlnet: ControlNetConfig | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -196,6 +252,39 @@ class ModelConfig:
             f"the DiT takes text states {self.dit.text_dim} wide and the encoder makes "
             f"{self.text.width}; they must be equal",
         )
+
+    @property
+    def borrows_mask(self) -> bool:
+        """Whether the unconditional half of guidance sees its text through the prompt's mask.
+
+        NVIDIA's code does, and its padding then counts; only Gemma's texts are padded that way.
+        """
+        return self.reference == "nvidia" and self.text.kind == "gemma2"
+
+    def tells_integer_times(self, *, by_scheduler: bool) -> bool:
+        """Whether the network is told whole thousandths; `by_scheduler`: whether the sampler's are.
+
+        NVIDIA's network rounds down whatever it is told, diffusers' only sees what its scheduler
+        rounded. Sprint and our own models are told the time itself.
+        """
+        return self.sampling.integer_times and (by_scheduler or self.reference == "nvidia")
+
+
+def with_reference(config: ModelConfig, reference: Reference) -> ModelConfig:
+    """The same model by the other implementation's rules; our own models do not change.
+
+    The epsilons of a DiT belong to the convention too: NVIDIA has 1e-8 in linear attention and 1e-6
+    in the norms of cross-attention, diffusers 1e-15 and 1e-5.
+    """
+    if config.text.kind != "gemma2":
+        return replace(config, reference=reference)
+    attention, norm = EPSILONS[reference]
+    dit = replace(config.dit, attention_eps=attention, cross_norm_eps=norm)
+    control = config.controlnet
+    if control is not None:
+        its = replace(control.dit, attention_eps=attention, cross_norm_eps=norm)
+        control = replace(control, dit=its)
+    return replace(config, reference=reference, dit=dit, controlnet=control)
 
 
 Config = TypeVar("Config")

@@ -13,6 +13,7 @@ from typing import Literal
 from sana.config import (
     Activation,
     BlockKind,
+    ControlNetConfig,
     DCAEConfig,
     DiTConfig,
     ModelConfig,
@@ -21,6 +22,7 @@ from sana.config import (
     SamplingConfig,
     StageConfig,
     TextConfig,
+    with_reference,
 )
 from sana.errors import RequestError
 
@@ -144,7 +146,7 @@ AUTOENCODERS: dict[str, AutoencoderPreset] = dict(
     ]
 )
 
-_GEMMA = TextConfig(
+GEMMA = TextConfig(
     kind="gemma2",
     width=2304,
     max_tokens=300,
@@ -161,8 +163,7 @@ _1600M_NORMED = replace(_1600M, qk_norm=True)
 _4800M_NORMED = replace(_1600M_NORMED, depth=60)
 _600M_SPRINT = replace(_600M, qk_norm=True, guidance_embedding=True)
 _1600M_SPRINT = replace(_1600M_NORMED, guidance_embedding=True)
-# Sprint's own sampler (SCM) comes with the checkpoints; until then Euler stands in its place.
-_SPRINT = SamplingConfig(shift=1.0, steps=2, sampler="euler", integer_times=False)
+_SPRINT = SamplingConfig(shift=1.0, steps=2, sampler="scm", integer_times=False)
 
 
 def _official(
@@ -177,13 +178,15 @@ def _official(
     """A model of NVIDIA's, of which the aspect ratios go up to twice its side."""
     config = ModelConfig(
         name=name,
-        dit=dit,
+        dit=replace(dit, clamps=precision == "fp16"),
         autoencoder=_SANA_AUTOENCODER,
-        text=_GEMMA,
+        text=GEMMA,
         sampling=sampling or SamplingConfig(),
         pixels=pixels,
         max_pixels=2 * pixels,
+        trained_on_bins=True,
     )
+    config = with_reference(config, "nvidia")
     owner = "Efficient-Large-Model"
     license_text = SPRINT if dit.guidance_embedding else NVIDIA
     return name, Preset(
@@ -240,16 +243,36 @@ _TINY = ModelConfig(
     sampling=SamplingConfig(steps=2, integer_times=False),
     pixels=64,
 )
+_TINY_SPRINT = replace(
+    _TINY,
+    name="tiny-sprint",
+    dit=replace(_TINY.dit, guidance_embedding=True),
+    sampling=_SPRINT,
+)
+_TINY_CONTROLNET = replace(
+    _TINY, name="tiny-controlnet", controlnet=ControlNetConfig(dit=_TINY.dit, depth=1)
+)
 
 _F16: Precision = "fp16"
 _SHIFTED = SamplingConfig(shift=6.0)
+_SHIFTED_600M = SamplingConfig(shift=4.0)
+"""NVIDIA's own for this size; diffusers' files say 3."""
 PRESETS: dict[str, Preset] = {
     "sticker-512": Preset(config=_STICKER, source="package", license=OURS),
     "tiny": Preset(config=_TINY, source="random", license=OURS),
+    "tiny-sprint": Preset(config=_TINY_SPRINT, source="random", license=OURS),
+    "tiny-controlnet": Preset(config=_TINY_CONTROLNET, source="random", license=OURS),
 } | dict(
     [
         _official("sana-600m-512", "Sana_600M_512px", _600M, 512, precision=_F16),
-        _official("sana-600m-1024", "Sana_600M_1024px", _600M, 1024, precision=_F16),
+        _official(
+            "sana-600m-1024",
+            "Sana_600M_1024px",
+            _600M,
+            1024,
+            precision=_F16,
+            sampling=_SHIFTED_600M,
+        ),
         _official("sana-1600m-512", "Sana_1600M_512px", _1600M, 512, precision=_F16),
         _official(
             "sana-1600m-512-multilingual",

@@ -11,9 +11,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sana import __version__
 from sana.cli.generate import _slug
@@ -28,7 +30,7 @@ from standins import tiny_components
 def small_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every test runs in an empty folder, and every model is the stand-in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipelines, "load", lambda name: Pipeline(tiny_components()))
+    monkeypatch.setattr(pipelines, "load", lambda name, **how: Pipeline(tiny_components()))
 
 
 def pixels(path: str | Path) -> bytes:
@@ -63,10 +65,17 @@ def test_metadata_holds_the_whole_request_and_its_origin() -> None:
         "count": 1,
         "width": 96,
         "height": 64,
+        "binning": False,
         "sampler": "dpm",
         "shift": 3.0,
         "model": "sticker-512",
+        **dict.fromkeys(("guidance_interval", "pag_scale", "image", "strength", "mask", "feather")),
+        **dict.fromkeys(("control", "control_detector", "control_scale")),
+        **dict.fromkeys(("control_start", "control_end")),
+        **dict.fromkeys(("pag_blocks", "loras", "lora_scales"), []),
     }
+    assert "files" not in metadata
+    assert (metadata["device"], metadata["dtype"]) == ("cpu", "float32")
     assert metadata["model"] == "tiny"
     assert re.fullmatch("[0-9a-f]{12}", metadata["weights"])
     assert metadata["sana"] == __version__
@@ -121,7 +130,7 @@ def test_again_says_when_the_weights_have_changed(
 ) -> None:
     draw("a fox", "-o", "first.png")
 
-    def load(name: str) -> Pipeline:
+    def load(name: str, **how: Any) -> Pipeline:
         components = tiny_components()
         components.dit.output.weight.data *= 1.01
         return Pipeline(components)
@@ -160,9 +169,114 @@ def test_prompt_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.listdir() == ["x.png"]
 
 
+def pictures() -> None:
+    """photo.png and mask.png in the current folder."""
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(levels).save("photo.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 30, 64))
+    mask.save("mask.png")
+
+
+INPAINT = ("a fox", "-i", "photo.png", "--mask", "mask.png", "--feather", "2")
+
+
+def test_image_tasks_are_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    pictures()
+    draw(*INPAINT, "--pag-scale", "2", "--guidance-interval", "0.1", "0.9", "-o", "first.png")
+    with Image.open("photo.png") as photo, Image.open("first.png") as first:
+        outside = np.s_[:, 30:]
+        assert np.array_equal(np.asarray(photo)[outside], np.asarray(first)[outside])
+    draw("--again", "first.png", "-o", "second.png")
+    assert Path("first.png").read_bytes() == Path("second.png").read_bytes()
+    capsys.readouterr()
+    assert main(["info", "first.png"]) == 0
+    command, _ = capsys.readouterr().out.split("\nmodel: tiny\n")
+    assert main([*shlex.split(command)[1:], "-o", "third.png"]) == 0
+    assert Path("first.png").read_bytes() == Path("third.png").read_bytes()
+    assert capsys.readouterr().err == ""
+
+
+def test_files_are_found_beside_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures()
+    draw(*INPAINT, "-o", "first.png")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    draw("--again", "../first.png", "-o", "second.png")
+    assert pixels("second.png") == pixels("../first.png")
+
+
+def test_a_file_that_changed_or_went_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    pictures()
+    draw(*INPAINT, "-o", "first.png")
+    Path("kept.png").write_bytes(Path("photo.png").read_bytes())
+    Image.new("RGB", (64, 64)).save("photo.png")
+    draw("--again", "first.png", code=2)
+    expected = "first.png was made with image photo.png, and photo.png has changed since"
+    assert expected in capsys.readouterr().err
+    os.remove("photo.png")
+    draw("--again", "first.png", code=2)
+    assert "image photo.png, which is not there; put it back, or name another with --image" in (
+        capsys.readouterr().err
+    )
+    draw("--again", "first.png", "--image", "kept.png", "-o", "second.png")
+    assert pixels("first.png") == pixels("second.png")
+
+
+def test_loras_are_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    weights = {
+        f"{layer}.lora_A.weight": torch.ones(2, 64),
+        f"{layer}.lora_B.weight": torch.ones(64, 2),
+    }
+    save_file(weights, "a.safetensors")
+    os.mkdir("peft")
+    save_file(weights, "peft/adapter_model.safetensors")
+    scales = ("--lora-scale", "0.5", "--lora-scale", "-0.25")
+    draw("a fox", "--lora", "a.safetensors", "--lora", "peft", *scales, "-o", "first.png")
+    draw("a fox", "-o", "plain.png")
+    assert pixels("first.png") != pixels("plain.png")
+    draw("--again", "first.png", "-o", "second.png")
+    capsys.readouterr()
+    assert main(["info", "first.png"]) == 0
+    command, rest = capsys.readouterr().out.split("\nmodel: tiny\n")
+    assert "a.safetensors" in rest
+    assert main([*shlex.split(command)[1:], "-o", "third.png"]) == 0
+    assert pixels("first.png") == pixels("second.png") == pixels("third.png")
+    save_file({**weights, "x.alpha": torch.ones(1)}, "a.safetensors")
+    draw("--again", "first.png", code=2)
+    assert "made with loras a.safetensors, and a.safetensors has changed" in capsys.readouterr().err
+
+
+def test_previews_of_every_second_step(capsys: pytest.CaptureFixture[str]) -> None:
+    draw("a fox", "--steps", "4", "--preview", "seen", "--preview-interval", "2", "-o", "x.png")
+    assert sorted(os.listdir("seen")) == ["x-step-02.png", "x-step-04.png"]
+    assert capsys.readouterr().out == "x.png\n"
+    with Image.open("seen/x-step-04.png") as image:
+        assert image.size == (8, 8)
+    draw("a fox", "--steps", "4", "-o", "y.png")
+    assert pixels("x.png") == pixels("y.png")
+
+
+def test_strength_0_is_one_step(capsys: pytest.CaptureFixture[str]) -> None:
+    pictures()
+    draw("a fox", "-i", "photo.png", "--strength", "0", "-o", "x.png")
+    draw("a dog", "-i", "photo.png", "--strength", "0", "-s", "3", "-o", "y.png")
+    assert pixels("x.png") == pixels("y.png")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["a fox", "--device", "gpu"], "device is 'gpu'; it must be cpu, cuda, cuda:1 or mps"),
+        (["a fox", "--device", "cuda:99"], "device is cuda:99, and torch .* finds none here"),
+        (["a fox", "--device", "mps"], "device is mps, and torch .* finds none here"),
+        (["a fox", "--preview-interval", "2"], "preview_interval is 2 and there is no preview"),
+        (["a fox", "--preview", "x", "--preview-interval", "0"], "preview_interval is 0; it must"),
+        (["a fox", "--preview", "file"], "goes to file, and file is no folder"),
+        (["a fox", "--image", "missing.png"], "image missing.png is not there"),
+        (["a fox", "--image", "file"], "image file is no picture that can be read"),
+        (["a fox", "--strength", "0.5"], "strength is 0.5 and there is no image"),
         (["a fox", "-o", "x.jpg"], "output is 'x.jpg'; pictures are PNG files"),
         (["a fox", "-o", "x{what}.png"], r"pattern may hold \{seed\} and \{slug\}"),
         (["a fox", "-o", "file/x.png"], "file is no folder that you may write to"),
@@ -201,7 +315,7 @@ def test_a_full_disk_is_one_message_and_no_file(
 def test_failures_leave_nothing_behind(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(name: str) -> Any:
+    def fail(name: str, **how: Any) -> Any:
         raise error
 
     monkeypatch.setattr(pipelines, "load", fail)
@@ -212,7 +326,7 @@ def test_failures_leave_nothing_behind(
 def test_nan_is_an_error_and_no_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load(name: str) -> Pipeline:
+    def load(name: str, **how: Any) -> Pipeline:
         components = tiny_components()
         components.dit.output.weight.data[:] = float("nan")
         return Pipeline(components)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sana import __version__
 from sana.cli import main as cli
@@ -38,7 +39,7 @@ WITHOUT_TORCH = {
     "generate --help": 0,
     "generate fox --steps 0": 2,
     "generate fox --stpes 3": 2,
-    "generate fox --width 500": 2,
+    "generate fox --width 50": 2,
     "generate fox --output x.jpg": 2,
     "info": 0,
     "info tiny": 0,
@@ -86,7 +87,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", ""], "prompt is empty"),
         (["generate", "x" * 10_000], "prompt is 10000 characters long"),
         (["generate", "x", "--steps", "0"], "steps is 0; it must be"),
-        (["generate", "x", "--width", "500"], "width is 500; it must be a multiple of 32"),
+        (["generate", "x", "--width", "50"], "width is 50; it must be a whole number from 64"),
         (["data", "stickers"], "--output requires an argument"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -114,6 +115,7 @@ def test_bad_flags_are_one_line_on_stderr(
         (OSError(28, "no space left to write x"), 1, "no space left to write x"),
         (OSError("odd"), 1, "odd"),
         (MemoryError(), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory; ask"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig, RefinerConfig
-from sana.models.dit import LinearDiT
+from sana.models.dit import LinearDiT, _exact
 from sana.models.layers import sinusoids
 
 PLAIN = DiTConfig(width=32, depth=2, cross_heads=2, text_dim=12, latent_channels=4, head_dim=16)
@@ -203,11 +203,51 @@ def test_a_new_network_predicts_zero(config: DiTConfig) -> None:
     assert torch.equal(output, torch.zeros_like(output))
 
 
+def test_the_network_is_told_whole_thousandths_exactly() -> None:
+    whole = torch.arange(1001.0)
+    scaled = whole.double().div(1000).float() * 1000
+    assert (scaled != whole).any(), "fp32 misses some"
+    assert torch.equal(_exact(scaled), whole)
+    between = torch.tensor([0.5003, 17.25, 998.7])
+    assert torch.equal(_exact(between), between)
+    slope = torch.autograd.functional.jacobian(_exact, scaled[:20]).diagonal()
+    assert torch.equal(slope, torch.ones(20))
+
+
 def test_text_may_be_embedded_once() -> None:
     network, inputs = build(REFINED), Inputs(REFINED)
     embedded = network.embed_text(inputs.text, inputs.mask)
     got = network.denoise(inputs.latent, inputs.time, embedded, inputs.mask)
     assert torch.equal(got, inputs.run(network))
+
+
+def test_perturbed_blocks_are_the_chosen_ones() -> None:
+    """Equal to a network whose block 1 has an identity for attention, for the last samples only."""
+    network, inputs = build(NORMED), Inputs(NORMED)
+    embedded = network.embed_text(inputs.text, inputs.mask)
+    plain = inputs.run(network)
+
+    def run(blocks: tuple[int, ...], perturbed: int) -> Tensor:
+        return network.denoise(
+            inputs.latent,
+            inputs.time,
+            embedded,
+            inputs.mask,
+            perturbed=perturbed,
+            perturbed_blocks=blocks,
+        )
+
+    assert torch.equal(run((), 2), plain)
+    other = build(NORMED)
+    attention = other.blocks[1].attention
+    attention.forward = lambda x, perturbed=0: attention.output(attention.qkv(x).chunk(3, -1)[2])
+    expected = torch.cat([plain[:1], inputs.run(other)[1:]])
+
+    def check(blocks: tuple[int, ...]) -> None:
+        assert_matches(expected, run(blocks, 2), 4e-15)  # floor 4.0e-16
+
+    check((1,))
+    assert_detects(check, (0,))
 
 
 def test_patches_keep_their_place() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from numerics import assert_detects, assert_matches
+from sana.config import DiTConfig
 from sana.models.layers import (
+    HALF_MAX,
     CrossAttention,
     GLUMBConv,
     LinearSelfAttention,
@@ -25,6 +28,7 @@ from sana.models.layers import (
 )
 
 CPU = torch.device("cpu")
+CONFIG = DiTConfig(width=24, depth=1, cross_heads=3, text_dim=4, head_dim=8)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -143,7 +147,7 @@ def test_mix_ffn_is_three_convolutions_and_a_gate(grid: tuple[int, int]) -> None
 @pytest.mark.parametrize("tokens", [1, 3, 63, 100])
 def test_self_attention_is_linear_attention_by_head(tokens: int, qk_norm: bool) -> None:
     def build() -> LinearSelfAttention:
-        module = randomized(LinearSelfAttention(24, 8, qk_norm=qk_norm, eps=1e-15, norm_eps=1e-5))
+        module = randomized(LinearSelfAttention(replace(CONFIG, qk_norm=qk_norm)))
         assert isinstance(module, LinearSelfAttention)
         return module
 
@@ -165,6 +169,33 @@ def test_self_attention_is_linear_attention_by_head(tokens: int, qk_norm: bool) 
 
     check(module)
     assert_detects(check, scaled(build(), "output.weight"))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_perturbed_samples_pass_their_own_values(qk_norm: bool) -> None:
+    module = randomized(LinearSelfAttention(replace(CONFIG, qk_norm=qk_norm)))
+    x = draw(3, 5, 24)
+    value = x @ module.qkv.weight[48:].T
+    alone = value @ module.output.weight.T + module.output.bias
+
+    def check(perturbed: int) -> None:
+        expected = torch.cat([module(x)[:1], alone[1:]])
+        assert_matches(expected, module(x, perturbed), 1.5e-15)  # floor 1.5e-16
+
+    check(2)
+    assert_detects(check, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_is_clipped_where_fp16_would_have_overflowed(dtype: torch.dtype) -> None:
+    x = draw(1, 4, 24).to(dtype)
+    for clamps in (True, False):
+        module = randomized(LinearSelfAttention(replace(CONFIG, clamps=clamps))).to(dtype)
+        module.output.bias.data[:2] = torch.tensor([6e4, -6e4])
+        module.output.weight.data[:2] *= 1e5 if dtype != torch.float16 else 6e4
+        largest = module(x).abs().max().item()
+        is_clipped = clamps or dtype == torch.float16
+        assert largest <= torch.tensor(HALF_MAX).to(dtype) if is_clipped else largest > 7e4
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -112,10 +112,12 @@ def test_noise_is_each_seeds_own_and_from_the_cpu(pipeline: Pipeline) -> None:
 
 
 def test_integer_times_follow_the_config_and_the_sampler() -> None:
-    def told(is_whole: bool, sampler: str) -> list[float]:
+    def told(is_whole: bool, sampler: str, reference: Any = "nvidia") -> list[float]:
         components = tiny_components()
         sampling = dataclasses.replace(components.config.sampling, integer_times=is_whole)
-        components.config = dataclasses.replace(components.config, sampling=sampling)
+        components.config = dataclasses.replace(
+            components.config, sampling=sampling, reference=reference
+        )
         times: list[float] = []
         denoise = components.dit.denoise
 
@@ -129,7 +131,8 @@ def test_integer_times_follow_the_config_and_the_sampler() -> None:
 
     assert [round(1000 * t, 4) for t in told(True, "dpm")] == [999, 856, 599]
     assert all(1000 * t != round(1000 * t) for t in told(False, "dpm"))
-    assert told(True, "euler") == told(False, "euler")
+    assert told(True, "euler", "diffusers") == told(False, "euler")
+    assert told(True, "euler") != told(False, "euler")
 
 
 def test_defaults_are_the_models_own(pipeline: Pipeline) -> None:
@@ -143,6 +146,7 @@ def test_defaults_are_the_models_own(pipeline: Pipeline) -> None:
         shift=sampling.shift,
         width=64,
         height=64,
+        binning=False,
     )
     assert pipeline.resolve(full) is full
 
@@ -160,7 +164,7 @@ def test_sides_follow_the_models_factor() -> None:
     dit = dataclasses.replace(components.config.dit, patch_size=2)
     components.config = dataclasses.replace(components.config, dit=dit)
     with pytest.raises(RequestError, match="width is 96; tiny takes multiples of 64"):
-        Pipeline(components).resolve(FOX.replace(width=96))
+        Pipeline(components).resolve(FOX.replace(width=96, binning=False))
 
 
 def spoil_text(components: Any) -> None:

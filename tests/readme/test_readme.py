@@ -12,6 +12,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +49,24 @@ def made_tiny(arguments: list[str]) -> list[str]:
         arguments = [*arguments[:place], "2", *arguments[place + 1 :]]
     else:
         arguments = [*arguments, "--steps", "2"]
-    return [*arguments, "--model", "tiny"]
+    model = "tiny"
+    if "--model" in arguments:
+        place = arguments.index("--model")
+        kinds = [kind for kind in ("controlnet", "sprint") if kind in arguments[place + 1]]
+        model = f"tiny-{kinds[0]}"
+        arguments = arguments[:place] + arguments[place + 2 :]
+    return [*arguments, "--model", model]
+
+
+def write_inputs(folder: Path) -> None:
+    """The files that the README's reader is taken to have: a mask and a LoRA."""
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(folder / "mask.png")
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    weights = {"lora_A": torch.ones(2, 64), "lora_B": torch.ones(64, 2)}
+    named = {f"{layer}.{name}.weight": tensor for name, tensor in weights.items()}
+    save_file(named, folder / "style.safetensors")
 
 
 def test_the_readme_shows_commands() -> None:
@@ -58,6 +78,7 @@ def test_the_readme_shows_commands() -> None:
 @pytest.mark.slow
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
     for arguments in sana_commands():
         assert run_command(made_tiny(arguments)) == 0, f"sana {shlex.join(arguments)} failed"
     assert (tmp_path / "apples.png").exists()
@@ -65,8 +86,6 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
-
     monkeypatch.chdir(tmp_path)
     shown: list[Image.Image] = []
     monkeypatch.setattr(Image.Image, "show", lambda image: shown.append(image))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from numerics import assert_detects, assert_matches
-from sana.samplers import Text, guided, one_by_one
+from sana.samplers import Guidance, Text, borrow_mask, distilled, guided, one_by_one
 
 LATENTS = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+PERTURBATION = 0.25
 TIMES = torch.tensor([0.9996663, 0.5, 0.25])
 
 
@@ -24,10 +25,23 @@ class Network:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, latent: Tensor, time: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    def __call__(
+        self,
+        latent: Tensor,
+        time: Tensor,
+        states: Tensor,
+        mask: Tensor,
+        *,
+        perturbed: int = 0,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         self.calls.append((latent, time, states, mask))
         pooled = (states * mask[..., None]).sum((1, 2))
-        return latent.sin() * time[:, None, None, None] + pooled[:, None, None, None]
+        if guidance is not None:
+            pooled = pooled * guidance
+        velocity = latent.sin() * time[:, None, None, None] + pooled[:, None, None, None]
+        velocity[len(latent) - perturbed :] += PERTURBATION
+        return velocity
 
 
 def alone(conditioning: Text, times: Tensor = TIMES) -> Tensor:
@@ -109,3 +123,67 @@ def test_one_by_one_asks_about_one_at_a_time() -> None:
     got = one_by_one(whole)(LATENTS, TIMES)
     assert [len(call[0]) for call in network.calls] == [1, 1, 1]
     assert torch.equal(whole(LATENTS, TIMES), got)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+def test_perturbed_attention_guidance_is_the_formula(scale: float) -> None:
+    conditional, unconditional = text(7, 1), text(3, 2)
+    v_c, v_u = alone(conditional), alone(unconditional)
+    network = Network()
+
+    def check(perturbation: float) -> None:
+        how = Guidance(scale=scale, perturbation=perturbation)
+        got = guided(network, conditional, unconditional, how)(LATENTS, TIMES)
+        expected = v_u + scale * (v_c - v_u) - 3.0 * PERTURBATION
+        assert_matches(expected, got, 1e-6)  # floor 1.2e-7
+
+    check(3.0)
+    assert len(network.calls) == 1
+    assert len(network.calls[0][0]) == len(LATENTS) * (2 if scale == 1 else 3)
+    assert_detects(check, 3.01)
+    assert_detects(check, 0.0)
+
+
+def test_outside_the_interval_the_conditional_velocity_is_used_alone() -> None:
+    conditional, unconditional = text(7, 1), text(3, 2)
+    v_c, v_u = alone(conditional), alone(unconditional)
+    pushed = v_u + 4.5 * (v_c - v_u)
+    network = Network()
+
+    def check(interval: tuple[float, float]) -> None:
+        how = Guidance(scale=4.5, interval=interval)
+        got = guided(network, conditional, unconditional, how)(LATENTS, TIMES)
+        expected = torch.cat([v_c[:1], pushed[1:2], v_c[2:]])
+        assert_matches(expected, got, 7e-7)  # floor 8e-8
+
+    check((0.5, 0.9))
+    assert_detects(check, (0.2, 0.9))
+    assert_detects(check, (0.0, 1.0))
+    network.calls.clear()
+    how = Guidance(scale=4.5, interval=(0.6, 0.9))
+    got = guided(network, conditional, unconditional, how)(LATENTS, TIMES)
+    assert [len(call[0]) for call in network.calls] == [3], "nobody inside: half the work"
+    assert torch.equal(got, v_c)
+
+
+def test_an_embedded_scale_takes_one_evaluation() -> None:
+    network = Network()
+    got = distilled(network, text(7, 1), 4.5)(LATENTS, TIMES)
+    states = text(7, 1).states.expand(3, -1, -1)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    expected = Network()(LATENTS, TIMES, states, mask, guidance=torch.full((3,), 4.5))
+    assert torch.equal(got, expected) and len(network.calls) == 1
+    assert torch.equal(network.calls[0][1], TIMES), "Sprint is told exact times"
+
+
+def test_the_prompts_mask_can_be_put_on_the_unconditional_states() -> None:
+    conditional, unconditional = text(4, 1), text(7, 2)
+    conditional.mask[0, 3] = False
+    borrowed = borrow_mask(unconditional, conditional)
+    assert torch.equal(borrowed.mask, conditional.mask)
+    assert torch.equal(borrowed.states, unconditional.states[:, :4])
+    network = Network()
+    guided(network, conditional, borrowed, 2.0)(LATENTS, TIMES)
+    assert network.calls[0][3].sum(1).tolist() == [3] * 6
+    with pytest.raises(ValueError, match="has 3 states and the prompt's mask 7"):
+        borrow_mask(text(3, 1), text(7, 2))

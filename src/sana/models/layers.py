@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana.config import DiTConfig
 from sana.kernels.ops import linear_attention
 
 SINUSOIDS = 256
 MASKED = -10000.0
+HALF_MAX = 65504.0
+"""The largest number of fp16."""
 
 
 class RMSNorm(nn.Module):
@@ -81,8 +84,10 @@ class GLUMBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
-        x = F.silu(self.expand(x)).permute(0, 3, 1, 2)  # (B, 2F, h, w), channels-last memory
-        value, gate = self.depthwise(x).permute(0, 2, 3, 1).chunk(2, dim=-1)
+        # One name for all of it, so that no map of 2F channels outlives its use.
+        x = F.silu(self.expand(x), inplace=not torch.is_grad_enabled())
+        x = self.depthwise(x.permute(0, 3, 1, 2))  # (B, 2F, h, w), channels-last memory
+        value, gate = x.permute(0, 2, 3, 1).chunk(2, dim=-1)
         projected: Tensor = self.project(value * F.silu(gate))
         return projected
 
@@ -90,28 +95,35 @@ class GLUMBConv(nn.Module):
 class LinearSelfAttention(nn.Module):
     """ReLU linear attention; with `qk_norm`, query and key pass RMSNorm over the full width first.
 
-    `qkv.weight` holds query, key and value in thirds; `output` has a bias, `qkv` none.
+    `qkv.weight` holds query, key and value in thirds; `output` has a bias, `qkv` none. Networks
+    trained in fp16 had their result clipped to its range and learnt with it: `clamps` does that in
+    every dtype, and in fp16 it is done anyway.
     """
 
-    def __init__(
-        self, dim: int, head_dim: int, *, qk_norm: bool, eps: float, norm_eps: float
-    ) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.eps = eps
+        dim, norm_eps, qk_norm = config.width, config.self_norm_eps, config.qk_norm
+        self.head_dim = config.head_dim
+        self.eps = config.attention_eps
+        self.clamps = config.clamps
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.query_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
         self.output = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, perturbed: int = 0) -> Tensor:
+        """(B, N, D) -> (B, N, D); in the last `perturbed` of B each token sees itself alone."""
         query, key, value = self.qkv(x).chunk(3, dim=-1)
-        q = split_heads(self.query_norm(query), self.head_dim)
-        k = split_heads(self.key_norm(key), self.head_dim)
-        v = split_heads(value, self.head_dim)
-        mixed = linear_attention(q, k, v, eps=self.eps)
-        attended: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        seeing = len(x) - perturbed
+        q = split_heads(self.query_norm(query[:seeing]), self.head_dim)
+        k = split_heads(self.key_norm(key[:seeing]), self.head_dim)
+        v = split_heads(value[:seeing], self.head_dim)
+        mixed = linear_attention(q, k, v, eps=self.eps).transpose(1, 2).flatten(2)
+        if perturbed:
+            mixed = torch.cat([mixed, value[seeing:]])
+        attended: Tensor = self.output(mixed)
+        if self.clamps or attended.dtype == torch.float16:
+            attended = attended.clamp(-HALF_MAX, HALF_MAX)
         return attended
 
 

@@ -1,13 +1,12 @@
 """The text seat: prompts in, one state for each token and a mask out (family-spec section 4).
 
-Two occupants: `MiniLM` (all-MiniLM-L6-v2, a six-layer BERT) for the default model and `Gemma2` for
-the official ones. Tokens are padded on the right; the states of real tokens do not depend on the
-padding. Both are frozen: no gradients, no dropout. Only `Gemma2` wraps a transformers class, which
-its caller builds. Start reading at `TextEncoder`.
+Two occupants: `MiniLM` (all-MiniLM-L6-v2, a six-layer BERT), here, for the default model, and
+`Gemma2`, in `gemma`, for the official ones. Tokens are padded on the right; the states of real
+tokens do not depend on the padding. Both are frozen: no gradients, no dropout. Start reading at
+`TextEncoder`.
 
 Shapes: B prompts, T tokens, W width of the states.
-Precision: states come in the dtype of the weights (or of autocast). Gemma-2 overflows in fp16, so
-only float32 and bfloat16 are taken there.
+Precision: states come in the dtype of the weights (or of autocast).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import logging
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from tokenizers import Encoding, Tokenizer
@@ -47,7 +46,11 @@ class TextStates:
 
 
 class TextEncoder(Protocol):
-    """What a pipeline needs of a language model; the empty prompt is the unconditional text."""
+    """What a pipeline needs of a language model; the empty prompt is the unconditional text.
+
+    `encode_negative` reads the unconditional text, which for Gemma goes without the instruction;
+    with `length` it makes states of padding up to there, which NVIDIA's convention needs.
+    """
 
     width: int
 
@@ -58,6 +61,8 @@ class TextEncoder(Protocol):
     def states(self, ids: Tensor, mask: Tensor) -> Tensor: ...
 
     def encode(self, prompts: Sequence[str]) -> TextStates: ...
+
+    def encode_negative(self, prompts: Sequence[str], length: int | None = None) -> TextStates: ...
 
 
 class PromptTokenizer:
@@ -117,6 +122,11 @@ class PromptTokenizer:
             mask[row, :count] = True
         return ids, mask, offsets
 
+    def numbers(self, text: str) -> list[int]:
+        """All token numbers of one text, special ones included, however long it is."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
     def _warn_if_cut(
         self, prompts: Sequence[str], encodings: Sequence[Encoding], limit: int
     ) -> None:
@@ -174,50 +184,14 @@ class MiniLM(nn.Module):
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         """Tokenize and run; the result is on the encoder's device."""
-        return _encode(self, next(self.bert.parameters()).device, prompts)
+        ids, mask = self.tokenize(prompts)
+        device = next(self.bert.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        return TextStates(states=self.states(ids, mask), mask=mask)
 
-
-class Gemma2(nn.Module):
-    """Gemma-2 without its head; `states` are the last hidden states after the final norm.
-
-    `model` is a transformers Gemma2Model with eager attention: only that form applies the soft cap
-    of 50 to the logits.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: str, *, max_tokens: int) -> None:
-        super().__init__()
-        config: Any = model.config
-        if config._attn_implementation != "eager":
-            raise CheckpointError(
-                f"Gemma-2 was built with {config._attn_implementation!r} attention, which drops "
-                "the soft cap on the logits; build it with attn_implementation='eager'"
-            )
-        self.width = int(config.hidden_size)
-        self.tokenizer = PromptTokenizer(tokenizer, max_tokens)
-        self.model = model
-        self.requires_grad_(False)
-        self.eval()
-
-    def tokenize(self, prompts: Sequence[str], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-        """See `PromptTokenizer.tokenize`."""
-        return self.tokenizer.tokenize(prompts, pad_to)
-
-    @torch.no_grad()
-    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Last normed states [B, T, W]; `CheckpointError` in float16, where Gemma-2 overflows."""
-        weight = next(self.model.parameters())
-        if weight.dtype == torch.float16:
-            raise CheckpointError(
-                "Gemma-2 is in float16, where its states overflow to infinity; use bfloat16 or "
-                "float32"
-            )
-        output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-        states: Tensor = output.last_hidden_state
-        return states
-
-    def encode(self, prompts: Sequence[str]) -> TextStates:
-        """Tokenize and run; the result is on the encoder's device."""
-        return _encode(self, next(self.model.parameters()).device, prompts)
+    def encode_negative(self, prompts: Sequence[str], length: int | None = None) -> TextStates:
+        """As `encode`: this encoder has no instruction, and its padding is never read."""
+        return self.encode(prompts)
 
 
 def small_tokenizer(vocabulary: int) -> str:
@@ -268,12 +242,6 @@ def small_tokenizer(vocabulary: int) -> str:
         },
     }
     return json.dumps(definition)
-
-
-def _encode(encoder: TextEncoder, device: torch.device, prompts: Sequence[str]) -> TextStates:
-    ids, mask = encoder.tokenize(prompts)
-    ids, mask = ids.to(device), mask.to(device)
-    return TextStates(states=encoder.states(ids, mask), mask=mask)
 
 
 def _kept(encoding: Encoding, limit: int) -> list[int]:

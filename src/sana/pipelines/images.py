@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sana.errors import RequestError
@@ -27,6 +28,16 @@ def to_pil(pixels: Tensor) -> Image.Image:
     """An RGB picture of pixels [3,H,W] in -1..1; what lies outside is clamped."""
     levels = pixels.float().clamp(-1, 1).add(1).mul(127.5).round()
     return Image.fromarray(levels.byte().permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Pixels [1,3,H,W] in -1..1 of an RGB picture, or [1,1,H,W] in 0..1 of a mask."""
+    import torch
+
+    levels = torch.from_numpy(np.array(image, dtype=np.float32))
+    if image.mode == "L":
+        return levels[None, None] / 255
+    return levels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:

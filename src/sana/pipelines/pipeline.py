@@ -8,154 +8,242 @@ changes: the same request gives the same pixels, whatever was drawn before or be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sana.errors import NumericsError, RequestError
+from sana.pipelines import preview, start
+from sana.pipelines.control import control_pixels
+from sana.pipelines.defaults import Size
+from sana.pipelines.denoising import make_denoiser
+from sana.pipelines.footprint import Canvas
 from sana.pipelines.images import to_pil
-from sana.samplers import METHODS, Denoiser, Step, Text, guided, one_by_one, run
+from sana.pipelines.memory import MemoryPlan, parse
+from sana.pipelines.placing import Placing, first_device
+from sana.pipelines.precision import announce, check_finite, choose, name
+from sana.pipelines.reading import read_pictures
+from sana.pipelines.start import Plan
+from sana.samplers import (
+    METHODS,
+    Fresh,
+    Step,
+    draw_noise,
+    first_step,
+    one_by_one,
+    run,
+)
 
 if TYPE_CHECKING:
+    from sana.config import ModelConfig
     from sana.request import Request
     from sana.weights.load import Components
 
-SIDE_LEAST = 64
+Pictures = Mapping[str, Image.Image]
+"""The pictures that a request names, by name; None where a caller leaves the reading to us."""
 
 
 class Pipeline:
-    """Text to image with one set of weights; build it with `sana.load`."""
+    """Every task with one set of weights; build it with `sana.load`.
 
-    def __init__(self, components: Components) -> None:
+    Where `images` is None, the pictures that a request names are read from their files; otherwise
+    no file is opened, and `images` holds them under those names. `device` is where it computes, by
+    default where the weights are, and `memory` how many bytes it may take there.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        *,
+        device: torch.device | str | None = None,
+        memory: int | None = None,
+    ) -> None:
         self.components = components
         self.config = components.config
+        self._dtype = components.dit.output.weight.dtype
+        self._projection: preview.Projection | None = None
+        self._placing = Placing(components, device or components.dit.output.weight.device, memory)
         components.dit.eval()
         components.autoencoder.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, images: Pictures | None = None) -> Request:
         """The request with the model's defaults filled in; raises `RequestError`."""
-        sampling = self.config.sampling
-        defaults = {
-            "steps": sampling.steps,
-            "guidance": sampling.guidance,
-            "sampler": sampling.sampler,
-            "shift": sampling.shift,
-            "width": self.config.pixels,
-            "height": self.config.pixels,
-        }
-        missing = {k: value for k, value in defaults.items() if getattr(request, k) is None}
-        full = request.replace(**missing) if missing else request
-        for name in ("width", "height"):
-            self._check_side(name, getattr(full, name))
-        return full
+        return self._plan(request, images).request
 
-    def steps(self, request: Request) -> Iterator[Step]:
+    def steps(self, request: Request, images: Pictures | None = None) -> Iterator[Step]:
         """Yield a `Step` for each evaluation; its latents [B,C,h,w] hold all the pictures.
 
-        Raises `RequestError` at once, and `NumericsError` when NaN appears.
+        With strength 0 nothing is evaluated, and the one step holds the image's own latent. Raises
+        `RequestError` at once, and `NumericsError` when NaN appears.
         """
-        return self._steps(self.resolve(request))
+        return self._steps(self._plan(request, images))
 
-    def generate(self, request: Request) -> list[Image.Image]:
+    def generate(self, request: Request, images: Pictures | None = None) -> list[Image.Image]:
         """The pictures of `request`, one for each of `request.image_seeds`."""
+        plan = self._plan(request, images)
         latent = None
-        for step in self.steps(request):
+        for step in self._steps(plan):
             latent = step.latent
         assert latent is not None, "a schedule has at least one step"
-        return self.decode(latent)
+        return self._finish(plan, latent)
+
+    def finish(
+        self, request: Request, latents: Tensor, images: Pictures | None = None
+    ) -> list[Image.Image]:
+        """The pictures of a last step's latents: decoded, resized, joined to the image."""
+        return self._finish(self._plan(request, images), latents)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; latents are there."""
+        return self._placing.device
+
+    @property
+    def dtype(self) -> str:
+        """What the transformer computes in, such as float32."""
+        return name(self._dtype)
+
+    def memory_plan(self, request: Request, images: Pictures | None = None) -> MemoryPlan:
+        """What is where when, to draw `request`; prints as a sentence. Raises `RequestError`."""
+        return self._prepare(self._plan(request, images))
 
     @property
     def fingerprint(self) -> str:
         """Twelve hex digits of the weights: the first numbers of every tensor, hashed."""
+        self._placing.rest()
         digest = hashlib.sha256()
-        parts = (self.components.dit, self.components.autoencoder, self.components.text)
+        whole = self.components
+        parts = (whole.dit, whole.autoencoder, whole.text, whole.controlnet)
         for network in (part for part in parts if isinstance(part, torch.nn.Module)):
-            for name, tensor in sorted(network.state_dict().items()):
+            for key, tensor in sorted(network.state_dict().items()):
                 sample = tensor.detach().flatten()[:64].double().cpu()
-                digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+                digest.update(f"{key} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:12]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of image latents [B,C,h,w], decoded one at a time to bound the memory."""
-        return [self._decode_one(latent) for latent in latents.split(1)]
-
-    def _decode_one(self, latent: Tensor) -> Image.Image:
-        autoencoder = self.components.autoencoder
-        weight = next(autoencoder.parameters())
-        raw = autoencoder.denormalize(latent.to(weight.device)).to(weight.dtype)
-        pixels = autoencoder.decode(raw)
-        _check_finite(pixels, "the decoded pixels")
-        return to_pil(pixels[0])
+        return [to_pil(self._decode_one(latent)) for latent in latents.split(1)]
 
     @torch.inference_mode()
-    def _steps(self, request: Any) -> Iterator[Step]:
-        method = METHODS[request.sampler]
-        sampler = method.start(self._noise(request), method.times(request.steps, request.shift))
-        for step in run(sampler, one_by_one(self._denoiser(request))):
-            _check_finite(step.latent, f"the latent at step {step.index + 1} of {step.count}")
-            yield step
+    def encode(self, image: Image.Image) -> Tensor:
+        """Image latent [1,C,h,w] in fp32 of an RGB picture whose sides the model can draw."""
+        return self._encode(start.drawn_tensor(image, (image.height, image.width)))
 
-    def _denoiser(self, request: Any) -> Denoiser:
-        whole = METHODS[request.sampler].takes_integer_times and self.config.sampling.integer_times
-        return guided(
-            self.components.dit.denoise,
-            self._embed(request.prompt, "the prompt"),
-            None
-            if request.guidance == 1
-            else self._embed(request.negative_prompt, "the negative one"),
-            request.guidance,
-            integer_times=whole,
+    @torch.inference_mode()
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Small pictures of a step's `clean` latents [B,C,h,w], without the decoder.
+
+        The first call takes a few seconds: it fits the projection to the autoencoder.
+        """
+        if self._projection is None:
+            self._projection = preview.fit(self._encode, self.config.autoencoder.factor)
+        return [to_pil(pixels) for pixels in self._projection(latents)]
+
+    def _plan(self, request: Request, images: Pictures | None) -> Plan:
+        return start.plan(
+            request, self.config, read_pictures(request) if images is None else images
         )
 
-    def _embed(self, prompt: str, what: str) -> Text:
-        dit = self.components.dit
-        weight = next(dit.parameters())
-        encoded = self.components.text.encode([prompt])
-        mask = encoded.mask.to(weight.device)
-        states = dit.embed_text(encoded.states.to(weight.device, weight.dtype), mask)
-        _check_finite(states, f"the text states of {what}")
-        return Text(states=states, mask=mask)
+    @torch.inference_mode()
+    def _finish(self, plan: Plan, latents: Tensor) -> list[Image.Image]:
+        return [start.finished(self._decode_one(latent), plan) for latent in latents.split(1)]
 
-    def _noise(self, request: Any) -> Tensor:
-        """Noise [B,C,h,w], each picture's from its own seed, on the CPU in fp32."""
+    def _decode_one(self, latent: Tensor) -> Tensor:
+        raw = self.components.autoencoder.denormalize(latent.to(self.device))
+        return self._placing.decode(raw)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        raw = self._placing.encode(pixels)
+        latent = self.components.autoencoder.normalize(raw)
+        check_finite(latent, "the encoded image", raw.dtype)
+        return latent.float()
+
+    def _prepare(self, plan: Plan) -> MemoryPlan:
+        request: Any = plan.request
+        second = 0 if self.config.dit.guidance_embedding or request.guidance == 1 else 1
+        canvas = Canvas(
+            width=plan.drawn[1],
+            height=plan.drawn[0],
+            batch=1 + second + (1 if request.pag_scale else 0),
+            encodes=plan.image is not None or plan.control is not None,
+        )
+        return self._placing.prepare(canvas)
+
+    @torch.inference_mode()
+    def _steps(self, plan: Plan) -> Iterator[Step]:
+        request: Any = plan.request
+        self._prepare(plan)
+        method = METHODS[request.sampler]
+        generators = [torch.Generator().manual_seed(seed) for seed in request.image_seeds]
+        fresh = self._noise(plan.drawn, generators)
+        latent = fresh()
+        times = method.times(request.steps, request.shift)
+        clean = None
+        if plan.image is not None:
+            clean = self._encode(start.drawn_tensor(plan.image, plan.drawn))
+            times = times[first_step(request.steps, request.strength) :]
+            if len(times) == 1:
+                latent = clean.expand_as(latent)
+                yield Step(index=0, count=1, latent=latent, clean=latent)
+                return
+            if request.strength < 1:
+                latent = torch.lerp(clean, latent, times[0].item())
+        control = self._control(plan)
+        denoiser = one_by_one(
+            make_denoiser(self.components, self._placing, request, times, control)
+        )
+        if clean is not None and plan.mask is not None:
+            denoiser = start.held(denoiser, clean, start.kept(plan.mask, latent))
+        for step in run(method.start(latent, times, fresh), denoiser):
+            stage = f"the latent at step {step.index + 1} of {step.count}"
+            check_finite(step.latent, stage, self._dtype)
+            yield step
+
+    def _control(self, plan: Plan) -> Tensor | None:
+        """The normalized latent of the control picture, edges found first where asked."""
+        if plan.control is None:
+            return None
+        pixels = start.drawn_tensor(plan.control, plan.drawn)
+        return self._encode(control_pixels(pixels, plan.request.control_detector or "none"))
+
+    def _noise(self, drawn: Size, generators: list[torch.Generator]) -> Fresh:
+        """A source of noise [B,C,h,w]; each picture's comes from its own generator."""
         factor, channels = self.config.autoencoder.factor, self.config.dit.latent_channels
-        shape = (channels, request.height // factor, request.width // factor)
-        noise = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            for seed in request.image_seeds
-        ]
-        return torch.stack(noise).to(next(self.components.dit.parameters()).device)
-
-    def _check_side(self, name: str, side: int) -> None:
-        factor = self.config.autoencoder.factor * self.config.dit.patch_size
-        if side % factor or not SIDE_LEAST <= side <= self.config.max_pixels:
-            raise RequestError(
-                f"{name} is {side}; {self.config.name} takes multiples of {factor} from "
-                f"{SIDE_LEAST} to {self.config.max_pixels}, best {self.config.pixels}"
-            )
+        shape = (channels, drawn[0] // factor, drawn[1] // factor)
+        return lambda: draw_noise(shape, generators).to(self.device)
 
 
 def load(
     name_or_path: str = "sticker-512",
     *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    memory: int | str | None = None,
 ) -> Pipeline:
-    """A pipeline with the weights of a preset or a folder; raises as `weights.load.load` does."""
+    """A pipeline with the weights of a preset or a folder; raises as `weights.load.load` does.
+
+    By default on CUDA where there is one, else the CPU, and in the dtypes that suit the model and
+    the device; a `dtype` that would break the model is corrected with a warning. `memory`, in bytes
+    or such as "8GiB", is what may be taken of the device.
+    """
+    from sana.weights.load import Where
     from sana.weights.load import load as load_components
 
-    return Pipeline(load_components(name_or_path, device=device, dtype=dtype))
+    limit = parse(memory) if isinstance(memory, str) else memory
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-
-def _check_finite(tensor: Tensor, stage: str) -> None:
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = tensor.numel() - int(finite.sum())
-        raise NumericsError(
-            f"{bad} of {tensor.numel()} values in {stage} are NaN or infinite; every stage must "
-            "stay finite, so check the weight file, or use dtype float32"
+    def where(config: ModelConfig) -> Where:
+        precision = choose(config, place, dtype)
+        announce(precision)
+        return Where(
+            device=first_device(config, precision.widths, place, limit),
+            dit=precision.dit,
+            autoencoder=precision.autoencoder,
+            text=precision.text,
         )
+
+    components = load_components(name_or_path, dtype=dtype or torch.float32, where=where)
+    return Pipeline(components, device=place, memory=limit)

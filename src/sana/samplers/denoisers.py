@@ -1,13 +1,15 @@
-"""From a network and two texts to a velocity: classifier-free guidance lives here.
+"""From a network and its texts to a velocity: guidance lives here.
 
 A denoiser closes over any callable network(latent, time, text, mask); the samplers see only
-velocities. Guidance w gives v = v_u + w (v_c - v_u) (papers.md 2.4), both halves in one call of the
-network, unconditional first, their texts padded to one length.
+velocities. Guidance w gives v = v_u + w (v_c - v_u) (papers.md 2.4); perturbed-attention guidance
+(arXiv 2403.17377) adds p (v_c - v_p), where v_p comes from a network whose self-attention is
+switched off in some blocks. All parts go in one call of the network, unconditional first, perturbed
+last, their texts padded to one length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,8 +20,12 @@ from torch.nn.functional import pad
 from sana.samplers.query import Denoiser
 from sana.samplers.schedule import truncated
 
-Network: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(latent [B,C,h,w], time [B], text [B,T,W], mask [B,T]) -> velocity [B,C,h,w]."""
+Network: TypeAlias = Callable[..., Tensor]
+"""(latent [B,C,h,w], time [B], text [B,T,W], mask [B,T]) -> velocity [B,C,h,w].
+
+With perturbation it also takes `perturbed`, how many samples at the end to perturb, and for Sprint
+`guidance` [B].
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,39 +36,116 @@ class Text:
     mask: Tensor  # [1 or B, T], True where a token counts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """How strongly, and at which times, a velocity is pushed away from worse ones."""
+
+    scale: float = 4.5
+    """Away from the unconditional one; 1 is off."""
+    perturbation: float = 0.0
+    """Away from the one with perturbed self-attention (PAG); 0 is off."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times, both ends included, outside of which the conditional velocity is used alone."""
+
+    @property
+    def is_off(self) -> bool:
+        return self.scale == 1 and self.perturbation == 0
+
+    def is_inside(self, times: Tensor) -> Tensor | None:
+        """Which of `times` are in the interval; None, without a look at them, if all can be."""
+        low, high = self.interval
+        return None if low <= 0 and high >= 1 else (times >= low) & (times <= high)
+
+
 def guided(
     network: Network,
     conditional: Text,
     unconditional: Text | None,
-    guidance: float,
+    guidance: Guidance | float,
     *,
     integer_times: bool = False,
 ) -> Denoiser:
-    """A denoiser with classifier-free guidance; guidance 1 runs the conditional half alone.
+    """A denoiser with classifier-free and perturbed-attention guidance.
 
     With `integer_times` the network is told trunc(1000 t) / 1000; the sampler's own times stay
-    exact. `unconditional` may be None only when guidance is 1.
+    exact. `unconditional` may be None only when the scale is 1.
     """
-    if guidance == 1:
-        text = conditional
-    elif unconditional is None:
-        raise ValueError(f"guidance is {guidance} and there is no unconditional text to guide from")
-    else:
-        unconditional, conditional = _same_length(unconditional, conditional)
+    how = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
+    if how.scale != 1 and unconditional is None:
+        raise ValueError(f"guidance is {how.scale} and there is no unconditional text to use")
+    parts = [unconditional] if how.scale != 1 and unconditional is not None else []
+    parts += [conditional, conditional] if how.perturbation else [conditional]
+    length = max(part.mask.shape[1] for part in parts)
+    parts = [_padded(part, length) for part in parts]
 
     def denoise(latents: Tensor, times: Tensor) -> Tensor:
         told = truncated(times) if integer_times else times
-        count = len(latents)
-        if guidance == 1:
-            one = _for_batch(text, count)
-            return network(latents, told, one.states, one.mask).to(latents.dtype)
-        assert unconditional is not None
-        both = _joined(_for_batch(unconditional, count), _for_batch(conditional, count))
-        velocity = network(latents.repeat(2, 1, 1, 1), told.repeat(2), both.states, both.mask)
-        without, with_text = velocity.to(latents.dtype).chunk(2)
-        return without + guidance * (with_text - without)
+        is_inside = how.is_inside(times)
+        if how.is_off or (is_inside is not None and not bool(is_inside.any())):
+            return _ask(network, latents, told, [conditional], 0)[0]
+        velocities = _ask(network, latents, told, parts, int(how.perturbation != 0))
+        pushed, with_text = _combine(velocities, how)
+        if is_inside is None:
+            return pushed
+        return torch.where(is_inside[:, None, None, None], pushed, with_text)
 
     return denoise
+
+
+def _ask(
+    network: Network, latents: Tensor, told: Tensor, texts: Sequence[Text], perturbed: int
+) -> list[Tensor]:
+    """The velocity for each of `texts`, in one call; the last `perturbed` of them perturbed."""
+    count = len(latents)
+    rows = [_for_batch(text, count) for text in texts]
+    options = {"perturbed": perturbed * count} if perturbed else {}
+    velocity = network(
+        latents.repeat(len(rows), 1, 1, 1),
+        told.repeat(len(rows)),
+        torch.cat([row.states for row in rows]),
+        torch.cat([row.mask for row in rows]),
+        **options,
+    )
+    return list(velocity.to(latents.dtype).split(count))
+
+
+def _combine(velocities: list[Tensor], how: Guidance) -> tuple[Tensor, Tensor]:
+    """v_u + w (v_c - v_u) + p (v_c - v_p), and v_c; what is off is not among `velocities`."""
+    perturbed = velocities.pop() if how.perturbation else None
+    with_text = velocities.pop()
+    pushed = with_text
+    if velocities:
+        pushed = velocities[0] + how.scale * (with_text - velocities[0])
+    if perturbed is not None:
+        pushed = pushed + how.perturbation * (with_text - perturbed)
+    return pushed, with_text
+
+
+def distilled(network: Network, text: Text, guidance: float) -> Denoiser:
+    """A denoiser for networks that take the guidance scale as an input (Sprint): one evaluation."""
+
+    def denoise(latents: Tensor, times: Tensor) -> Tensor:
+        one = _for_batch(text, len(latents))
+        scale = torch.full_like(times, guidance)
+        velocity = network(latents, times, one.states, one.mask, guidance=scale)
+        return velocity.to(latents.dtype)
+
+    return denoise
+
+
+def borrow_mask(unconditional: Text, conditional: Text) -> Text:
+    """NVIDIA's convention: the unconditional states, seen through the prompt's own mask.
+
+    States behind that mask may be of padding, which then counts, so the encoder must have made as
+    many as the prompt has; more are cut.
+    """
+    length = conditional.mask.shape[1]
+    if unconditional.states.shape[1] < length:
+        raise ValueError(
+            f"the unconditional text has {unconditional.states.shape[1]} states and the prompt's "
+            f"mask {length}; encode it with its padding, up to the prompt's length"
+        )
+    return Text(states=unconditional.states[:, :length], mask=conditional.mask)
 
 
 def one_by_one(denoiser: Denoiser) -> Denoiser:
@@ -79,11 +162,6 @@ def one_by_one(denoiser: Denoiser) -> Denoiser:
     return denoise
 
 
-def _same_length(first: Text, second: Text) -> tuple[Text, Text]:
-    length = max(first.mask.shape[1], second.mask.shape[1])
-    return _padded(first, length), _padded(second, length)
-
-
 def _padded(text: Text, length: int) -> Text:
     missing = length - text.mask.shape[1]
     return Text(states=pad(text.states, (0, 0, 0, missing)), mask=pad(text.mask, (0, missing)))
@@ -93,9 +171,3 @@ def _for_batch(text: Text, count: int) -> Text:
     if len(text.mask) == count:
         return text
     return Text(states=text.states.expand(count, -1, -1), mask=text.mask.expand(count, -1))
-
-
-def _joined(first: Text, second: Text) -> Text:
-    return Text(
-        states=torch.cat([first.states, second.states]), mask=torch.cat([first.mask, second.mask])
-    )

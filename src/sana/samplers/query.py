@@ -7,7 +7,7 @@ many samplers at once, since every query carries its own time. Start reading at 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -36,12 +36,23 @@ class Step:
 
 
 Sampler: TypeAlias = Generator[Query, Tensor, Tensor]
+Fresh: TypeAlias = Callable[[], Tensor]
+"""New unit noise [B,C,h,w] at every call, for samplers that draw some on their way."""
 
 
 class Denoiser(Protocol):
     """Velocity [B,C,h,w] of `latents` [B,C,h,w] at `times` [B]."""
 
     def __call__(self, latents: Tensor, times: Tensor, /) -> Tensor: ...
+
+
+def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Unit noise [B, *shape] in fp32 on the CPU, each picture's from its own CPU generator.
+
+    So a picture does not depend on the device or on its neighbours; call it again with the same
+    generators for the noise that a sampler draws on its way.
+    """
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def run(sampler: Sampler, denoiser: Denoiser) -> Iterator[Step]:

@@ -11,18 +11,21 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sana.config import from_json
 from sana.errors import CheckpointError
 
 FORMAT = 1
 HEADER_KEY = "sana"
+Config = TypeVar("Config")
+Writer: TypeAlias = Callable[[BinaryIO], None]
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -33,7 +36,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            header = _parse_header(path, metadata)
+            header = parse_header(path, metadata)
             return header, {name: file.get_tensor(name) for name in file.keys()}, metadata
     except FileNotFoundError:
         raise _absent(path) from None
@@ -45,11 +48,24 @@ def read_header(path: Path) -> dict[str, Any]:
     """The header alone, without touching the tensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _parse_header(path, file.metadata() or {})
+            return parse_header(path, file.metadata() or {})
     except FileNotFoundError:
         raise _absent(path) from None
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
+
+
+def read_config(kind: type[Config], data: object, path: Path) -> Config:
+    """A config from the JSON of a header; CheckpointError naming the file if it is not one."""
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{path} has no {kind.__name__} in its header; the network is built from it; get the "
+            "file again"
+        )
+    try:
+        return from_json(kind, data)
+    except (CheckpointError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any], **metadata: str) -> bytes:
@@ -69,11 +85,12 @@ def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any], **metadat
     return len(head).to_bytes(8, "little") + head + content[start:]
 
 
-def write_whole(files: Mapping[Path, bytes]) -> None:
+def write_whole(files: Mapping[Path, bytes | Writer]) -> None:
     """Write all files, then put them in place; on a failure none is left half-written.
 
     Each goes to a hidden temporary name in its folder first and is renamed when all are complete.
-    A full disk or a folder that cannot be written is a `CheckpointError`.
+    A writer is given the open file and need not hold its content in memory. A full disk or a folder
+    that cannot be written is a `CheckpointError`.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     target = next(iter(files), None)
@@ -91,22 +108,43 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
                 path.unlink()
 
 
-def _write(path: Path, content: bytes) -> None:
+def require_room(folder: Path, needed: int) -> None:
+    """CheckpointError unless the disk of `folder` has so many bytes; it need not be there yet."""
+    place = folder.absolute()
+    while not place.is_dir():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free; "
+            "make room or choose another folder (nothing was written)"
+        )
+
+
+def _write(path: Path, content: bytes | Writer) -> None:
     with path.open("wb") as file:
-        file.write(content)
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            content(file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_failure(target: Path | None, files: Mapping[Path, bytes], error: OSError) -> str:
-    needed = sum(len(content) for content in files.values()) / 1e6
-    message = f"cannot write {target}: {error.strerror or error}; {needed:.1f} MB are needed"
+def _write_failure(
+    target: Path | None, files: Mapping[Path, bytes | Writer], error: OSError
+) -> str:
+    message = f"cannot write {target}: {error.strerror or error}"
+    sizes = [len(content) for content in files.values() if isinstance(content, bytes)]
+    if len(sizes) == len(files):
+        message += f"; {sum(sizes) / 1e6:.1f} MB are needed"
     if target is not None and target.parent.is_dir():
-        message += f" and {shutil.disk_usage(target.parent).free / 1e6:.1f} MB are free"
+        message += f"; {shutil.disk_usage(target.parent).free / 1e6:.1f} MB are free"
     return message + "; make room or choose another folder (no file was left half-written)"
 
 
-def _parse_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def parse_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our own header out of a file's metadata; CheckpointError if it has none or a newer one."""
     text = metadata.get(HEADER_KEY)
     if text is None:
         found = ", ".join(sorted(metadata)) or "nothing"

@@ -1,62 +1,73 @@
-"""The only door by which weights enter a network: find, build without memory, assign, strictly.
+"""The only door by which weights enter a network: find, build without memory, fill, strictly.
 
-A model is a folder: `transformer-0000i-of-0000N.safetensors`, `autoencoder.safetensors` and
-`text.safetensors` (int8, see `packing`), each with its config in the header. `tiny` is made in
-memory from a seed. Every key must be there, none may be left over, every shape must fit. Start
-reading at `load`.
+A model is a folder of ours (`transformer-0000i-of-0000N.safetensors`, `autoencoder.safetensors`
+and `text.safetensors`, int8, or a Gemma-2 in `text/`), a diffusers folder, or a single file with
+the rest beside it; `tiny` is made in memory from a seed. Every key must be there, none may be left
+over, every shape must fit. Start reading at `load`.
 """
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from sana.config import (
+    ControlNetConfig,
     DCAEConfig,
+    DiTConfig,
     ModelConfig,
-    TextConfig,
-    from_json,
+    Reference,
     to_json,
+    with_reference,
 )
 from sana.errors import CheckpointError, RequestError
+from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
-from sana.models.text import Gemma2, MiniLM, TextEncoder, small_tokenizer
-from sana.presets import preset
-from sana.weights.files import read_file, read_header
-from sana.weights.packing import unpack
+from sana.models.gemma import Gemma2
+from sana.models.text import MiniLM, TextEncoder, small_tokenizer
+from sana.presets import PRESETS, preset
+from sana.weights.assign import assign, meta_parameters
+from sana.weights.build import TEXT_FILE, build, build_gemma2, load_text
+from sana.weights.detect import PartKind
+from sana.weights.files import read_header
+from sana.weights.folders import transformer_files
+from sana.weights.locate import Found, find_networks, is_ours, settle
+from sana.weights.survey import Survey, our_survey, survey
+
+__all__ = ["TEXT_FILE", "assign", "load", "load_text", "meta_parameters", "transformer_files"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
 AUTOENCODER_FILE = "autoencoder.safetensors"
-TEXT_FILE = "text.safetensors"
-SHARD_NAME = re.compile(r"transformer-(\d{5})-of-(\d{5})\.safetensors")
 TINY_SEED = 20240
 SHOWN = 10
-
-Network = TypeVar("Network", bound=nn.Module)
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
-    """One model, ready to run: its config, its three networks (in eval mode) and its header."""
+    """One model, ready to run: its config, its networks (in eval mode) and its header."""
 
     config: ModelConfig
     dit: LinearDiT
     autoencoder: DCAE
     text: TextEncoder
     header: dict[str, Any]
+    controlnet: ControlNet | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """The device that a model's weights are read to, and the dtype of each network."""
+
+    device: str | torch.device
+    dit: torch.dtype
+    autoencoder: torch.dtype
+    text: torch.dtype
 
 
 def load(
@@ -64,84 +75,101 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    reference: Reference | None = None,
+    where: Callable[[ModelConfig], Where] | None = None,
 ) -> Components:
-    """Load a model by preset name (`sticker-512`, `tiny`) or from a folder that `save` wrote.
+    """Load a model by preset name, from a folder of ours or diffusers', or from a single file.
 
-    Raises `RequestError` for a name without weights and `CheckpointError` for files that are
-    missing, unreadable, or do not fit together.
+    `variant` chooses between weights in a diffusers folder; by default the one that suits `dtype`.
+    `reference` chooses the convention (docs/models.md); by default the one of the training. Gemma-2
+    overflows in fp16 and is then kept in bf16. `where` decides device and dtypes anew once the
+    config is known. Raises `RequestError` for a name without weights and `CheckpointError` for
+    files that are missing, unreadable, or do not fit together.
     """
-    if str(name_or_path) == "tiny":
-        return _make_tiny(preset("tiny").config, torch.device(device), dtype)
-    folder = find_folder(name_or_path)
-    shards = transformer_files(folder)
-    header = read_header(shards[0])
-    config = _config(ModelConfig, header.get("config"), shards[0])
-    autoencoder_file = folder / AUTOENCODER_FILE
-    part = read_header(autoencoder_file).get("config") or {}
-    _require_same(autoencoder_file, part.get("autoencoder"), to_json(config.autoencoder))
+    if str(name_or_path) in PRESETS and PRESETS[str(name_or_path)].source == "random":
+        config = preset(str(name_or_path)).config
+        return _make_tiny(config, _settled(config, device, dtype, where))
+    path = find_folder(name_or_path)
+    if path.is_dir() and is_ours(path):
+        found = our_survey(path)
+        config = with_reference(found.config, reference) if reference else found.config
+        _require_one_model(found, path)
+    else:
+        found = survey(path, variant=variant, dtype=_name(dtype), reference=reference)
+        config = found.config
+    at = _settled(config, device, dtype, where)
+    networks = found.networks
+    controlnet = None
+    if config.controlnet is not None:
+        controlnet = build(networks["controlnet"], config.controlnet, at.device, at.dit)
     return Components(
         config=config,
-        dit=load_dit(folder, device=device, dtype=dtype),
-        autoencoder=load_autoencoder(folder, device=device, dtype=dtype),
-        text=_load_text_of(config.text, folder, device, dtype),
-        header=header,
+        dit=build(networks["transformer"], config.dit, at.device, at.dit),
+        autoencoder=build(networks["autoencoder"], config.autoencoder, at.device, at.autoencoder),
+        text=_load_text_of(found, config.reference, path, at.device, at.text),
+        header={**found.header, "config": to_json(config)},
+        controlnet=controlnet,
     )
 
 
+def _settled(
+    config: ModelConfig,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    where: Callable[[ModelConfig], Where] | None,
+) -> Where:
+    if where is not None:
+        return where(config)
+    return Where(device=device, dit=dtype, autoencoder=dtype, text=dtype)
+
+
 def load_dit(
-    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LinearDiT:
-    """The transformer alone, from all its numbered files."""
-    tensors: dict[str, Tensor] = {}
-    shards = transformer_files(folder)
-    first: dict[str, Any] | None = None
-    for path in shards:
-        header, part, _ = read_file(path)
-        if first is not None and header != first:
-            raise CheckpointError(
-                f"{path} and {shards[0].name} come from different saves; all parts must be of one "
-                "save; copy the whole folder again"
-            )
-        first = first or header
-        tensors.update(part)
-    config = _config(ModelConfig, (first or {}).get("config"), shards[0])
-    source = f"{folder} (transformer, {len(shards)} files)"
-    return _build(lambda: LinearDiT(config.dit), tensors, source, device, dtype)
+    """The transformer alone, from any layout."""
+    found = _only(path, "transformer", dtype)
+    return cast(LinearDiT, build(found, settle(found), device, dtype))
 
 
 def load_autoencoder(
-    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    like: DCAEConfig | None = None,
 ) -> DCAE:
-    """The autoencoder alone; its latent statistics come from the file's own config."""
-    path = folder / AUTOENCODER_FILE if folder.is_dir() else folder
-    header, tensors, _ = read_file(path)
-    part = header.get("config")
-    part = part.get("autoencoder") if isinstance(part, dict) else None
-    config = _config(DCAEConfig, part, path)
-    return _build(lambda: DCAE(config), tensors, str(path), device, dtype)
+    """The autoencoder alone, from any layout; with its latent statistics or those of `like`."""
+    if path.is_dir() and (path / AUTOENCODER_FILE).is_file():
+        path = path / AUTOENCODER_FILE
+    found = _only(path, "autoencoder", dtype)
+    return cast(DCAE, build(found, settle(found, like), device, dtype))
 
 
-def load_text(
-    path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> MiniLM:
-    """The packed text encoder from `text.safetensors` (or from the folder that holds it)."""
-    path = path / TEXT_FILE if path.is_dir() else path
-    header, packed, metadata = read_file(path)
-    config = _config(TextConfig, header.get("text"), path)
-    definition = metadata.get("tokenizer")
-    if definition is None:
-        raise CheckpointError(
-            f"{path} carries no tokenizer in its metadata; without it prompts cannot be read; get "
-            "the file again"
-        )
-    tensors = unpack(packed, str(path))
-    return _build(lambda: MiniLM(config, definition), tensors, str(path), device, dtype).eval()
+def load_controlnet(
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    base: DiTConfig | None = None,
+) -> ControlNet:
+    """A ControlNet alone, from any layout; CheckpointError if it is not for the transformer `base`.
+
+    The base's epsilons and clamp hold for it too.
+    """
+    found = _only(path, "controlnet", dtype)
+    config = cast(ControlNetConfig, settle(found))
+    if base is not None:
+        config = _fit_to_base(config, base, path)
+    return cast(ControlNet, build(found, config, device, dtype))
 
 
 def load_gemma2(
     folder: Path,
     *,
+    tokenizer: Path | None = None,
     max_tokens: int = 300,
+    reference: Reference = "nvidia",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Gemma2:
@@ -154,104 +182,27 @@ def load_gemma2(
             "Gemma-2 was asked for in float16, where its states overflow to infinity; use bfloat16 "
             "or float32"
         )
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    tokenizer = tokenizer or folder / "tokenizer.json"
+    missing = [file.name for file in (folder / "config.json", tokenizer) if not file.is_file()]
     if missing:
         raise CheckpointError(
             f"{folder} has no {' and no '.join(missing)}; Gemma-2 is loaded from a local folder in "
             "the transformers layout; give its path"
         )
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
-
-    gemma: Any = Gemma2Model
-    try:
-        model, report = gemma.from_pretrained(
-            folder,
-            local_files_only=True,
-            attn_implementation="eager",
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded as Gemma-2: {error}; get its files again"
-        ) from None
-    _raise_misfits(
-        str(folder),
-        missing=sorted(report["missing_keys"]),
-        extra=sorted(key for key in report["unexpected_keys"] if not key.startswith("lm_head.")),
-        misshapen=[str(entry) for entry in report["mismatched_keys"]],
-    )
-    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    return Gemma2(model, tokenizer, max_tokens=max_tokens).to(device)
-
-
-def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Put `tensors` into `module`, all of them and nothing else; `source` names them in errors.
-
-    A network on the meta device takes over the tensors as they are, dtype and device included; one
-    that has memory is overwritten in place, so that its optimizer keeps its parameters. Raises
-    `CheckpointError` listing the first ten missing, unexpected and misshapen keys of each kind.
-    """
-    expected = module.state_dict()
-    _raise_misfits(
-        source,
-        missing=[name for name in expected if name not in tensors],
-        extra=[name for name in tensors if name not in expected],
-        misshapen=[
-            f"{name} {tuple(tensors[name].shape)} for {tuple(value.shape)}"
-            for name, value in expected.items()
-            if name in tensors and tensors[name].shape != value.shape
-        ],
-    )
-    takes_over = any(parameter.is_meta for parameter in module.parameters())
-    module.load_state_dict(dict(tensors), strict=True, assign=takes_over)
-
-
-@contextmanager
-def meta_parameters() -> Iterator[None]:
-    """Networks built inside have parameters without memory, while buffers keep their values.
-
-    Plain `torch.device("meta")` would also lose tables and statistics that no file holds.
-    """
-    thread = threading.get_ident()
-
-    def replace(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if threading.get_ident() != thread:
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    register: Any = register_module_parameter_registration_hook  # typed as if it returned nothing
-    hook = register(replace)
-    try:
-        with _NormalSkipsMeta():
-            yield
-    finally:
-        hook.remove()
-
-
-class _NormalSkipsMeta(TorchFunctionMode):
-    """Leaves out `nn.init.normal_` on the meta device, where torch imports its compiler for it.
-
-    That import takes seconds, and there is nothing to fill. Holds for one thread, as the hook does.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.init.normal_ and kwargs["tensor"].is_meta:
-            return kwargs["tensor"]
-        return func(*args, **kwargs)
+    wanted = (max_tokens, reference)
+    return build_gemma2(_only(folder, "text", dtype), tokenizer, wanted, device, dtype)
 
 
 def find_folder(name_or_path: str | Path) -> Path:
-    """The folder of a named model's shipped weights, or the given folder itself."""
+    """The folder of a named model's shipped weights, or the given folder or file itself."""
     text = str(name_or_path)
     path = Path(name_or_path)
-    if isinstance(name_or_path, Path) or "/" in text or "\\" in text or path.is_dir():
-        if not path.is_dir():
-            state = "a file" if path.is_file() else "not there"
-            raise CheckpointError(f"{text} is {state}; a model is a folder; give the folder's path")
+    if isinstance(name_or_path, Path) or "/" in text or "\\" in text or path.exists():
+        if not path.exists():
+            raise CheckpointError(
+                f"{text} is not there; a model is a folder, or a file with the rest beside it; "
+                "give its path"
+            )
         return path
     preset(text)
     folder = ASSETS / text
@@ -264,70 +215,80 @@ def find_folder(name_or_path: str | Path) -> Path:
     return folder
 
 
-def transformer_files(folder: Path) -> list[Path]:
-    """All numbered parts in order; a gap or parts of two saves are a `CheckpointError`."""
-    found = {}
-    for path in folder.glob("transformer-*.safetensors"):
-        match = SHARD_NAME.fullmatch(path.name)
-        if match:
-            found[path] = (int(match[1]), int(match[2]))
+def _fit_to_base(config: ControlNetConfig, base: DiTConfig, path: Path) -> ControlNetConfig:
+    """The config by the rules of its base; CheckpointError where the two do not go together."""
+    fields = ("width", "cross_heads", "text_dim", "latent_channels", "patch_size")
+    differing = [name for name in fields if getattr(config.dit, name) != getattr(base, name)]
+    if differing or config.depth >= base.depth:
+        reasons = [f"{n} {getattr(config.dit, n)} and {getattr(base, n)}" for n in differing]
+        raise CheckpointError(
+            f"{path} is a ControlNet for another base: "
+            f"{'; '.join(reasons) or f'{config.depth} blocks for {base.depth}'}; use the one that "
+            "was made for this model"
+        )
+    dit = replace(
+        config.dit,
+        depth=base.depth,
+        clamps=base.clamps,
+        attention_eps=base.attention_eps,
+        cross_norm_eps=base.cross_norm_eps,
+    )
+    return replace(config, dit=dit)
+
+
+def _only(path: Path, kind: PartKind, dtype: torch.dtype) -> Found:
+    """The one network of a kind in `path`."""
+    found = [network for network in find_networks(path, dtype=_name(dtype)) if network.kind == kind]
     if not found:
-        raise CheckpointError(
-            f"{folder} has no transformer-00001-of-0000N.safetensors; a model folder holds all "
-            "parts of its transformer; train it, or give another folder"
-        )
-    counts = sorted({count for _, count in found.values()})
-    missing = sorted(set(range(1, counts[-1] + 1)) - {number for number, _ in found.values()})
-    if len(counts) > 1 or missing:
-        fault = f"lacks part {missing[0]}" if missing else "mixes parts of different saves"
-        raise CheckpointError(
-            f"{folder} {fault} of its transformer (found "
-            f"{', '.join(sorted(path.name for path in found))}); all "
-            "parts of one save are needed; copy the folder again"
-        )
-    return sorted(found)
+        raise CheckpointError(f"{path} holds no {kind}; give the file or folder of one")
+    return found[0]
 
 
-def _build(
-    make: Callable[[], Network],
-    tensors: Mapping[str, Tensor],
-    source: str,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> Network:
-    with meta_parameters():
-        module = make()
-    # A copy even where nothing changes: a file replaced under a memory map would crash the process.
-    moved = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-        for name, tensor in tensors.items()
-    }
-    assign(module, moved, source)
-    return module.to(device).eval()
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _load_text_of(
-    config: TextConfig, folder: Path, device: str | torch.device, dtype: torch.dtype
+    found: Survey,
+    reference: Reference,
+    path: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
 ) -> TextEncoder:
+    config = found.config.text
     if config.kind == "gemma2":
-        return load_gemma2(
-            folder / "text", max_tokens=config.max_tokens, device=device, dtype=dtype
-        )
-    path = folder / TEXT_FILE
-    _require_same(path, read_header(path).get("text"), to_json(config))
-    return load_text(path, device=device, dtype=dtype)
+        kept = torch.bfloat16 if dtype == torch.float16 else dtype
+        tokenizer = found.tokenizer
+        assert tokenizer is not None
+        text = found.networks["text"]
+        wanted = (config.max_tokens, reference)
+        return build_gemma2(text, tokenizer, wanted, device, kept)
+    file = path / TEXT_FILE
+    _require_same(file, read_header(file).get("text"), to_json(config))
+    return load_text(file, device=device, dtype=dtype)
 
 
-def _config(kind: type[Config], data: object, path: Path) -> Config:
-    if not isinstance(data, dict):
+def _require_one_model(found: Survey, path: Path) -> None:
+    """Every other file's header must say what the transformer's does of that network."""
+    needed = [AUTOENCODER_FILE] if "autoencoder" not in found.networks else []
+    if found.config.text.kind == "gemma2" and "text" not in found.networks:
+        needed.append("text/model.safetensors")
+    if found.config.controlnet is not None and "controlnet" not in found.networks:
+        needed.append("controlnet.safetensors")
+    if needed:
         raise CheckpointError(
-            f"{path} has no {kind.__name__} in its header; the network is built from it; get the "
-            "file again"
+            f"there is no weight file {path / needed[0]}; a model is one folder with its "
+            "transformer, autoencoder and text files; copy the missing one into it, or check the "
+            "path"
         )
-    try:
-        return from_json(kind, data)
-    except (CheckpointError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    for kind, config in (
+        ("autoencoder", found.config.autoencoder),
+        ("controlnet", found.config.controlnet),
+    ):
+        if config is not None:
+            network = found.networks[cast(PartKind, kind)]
+            part = (network.header or {}).get("config") or {}
+            _require_same(network.source, part.get(kind), to_json(config))
 
 
 def _require_same(path: Path, got: object, expected: dict[str, Any]) -> None:
@@ -341,37 +302,22 @@ def _require_same(path: Path, got: object, expected: dict[str, Any]) -> None:
     )
 
 
-def _raise_misfits(
-    source: str, *, missing: list[str], extra: list[str], misshapen: list[str]
-) -> None:
-    groups = {"missing": missing, "unexpected": extra, "misshapen": misshapen}
-    parts = [f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in groups.items() if keys]
-    if parts:
-        raise CheckpointError(
-            f"{source} does not fit the network: {'; '.join(parts)}. Every tensor must be there "
-            "with its shape and no other; use weights saved for this config"
-        )
-
-
-def _first(keys: Iterable[str]) -> str:
-    listed = list(keys)
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more
-
-
-def _make_tiny(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Components:
+def _make_tiny(config: ModelConfig, at: Where) -> Components:
     """Random weights, the same on every call; zero-initialized layers are opened up as well."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(TINY_SEED)
         dit, autoencoder = LinearDiT(config.dit), DCAE(config.autoencoder)
         text = MiniLM(config.text, small_tokenizer(config.text.vocabulary))
-        for network in (dit, autoencoder):
-            _open_zeros(network)
+        controlnet = ControlNet(config.controlnet) if config.controlnet else None
+        for network in (dit, autoencoder, controlnet):
+            if network is not None:
+                _open_zeros(network)
     return Components(
         config=config,
-        dit=dit.to(device, dtype).eval(),
-        autoencoder=autoencoder.to(device, dtype).eval(),
-        text=text.to(device, dtype),
+        dit=dit.to(at.device, at.dit).eval(),
+        autoencoder=autoencoder.to(at.device, at.autoencoder).eval(),
+        text=text.to(at.device, at.text),
+        controlnet=controlnet and controlnet.to(at.device, at.dit).eval(),
         header={"recipe": f"random weights, seed {TINY_SEED}", "config": to_json(config)},
     )
 

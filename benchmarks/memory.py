@@ -1,0 +1,337 @@
+"""How much GPU memory does a picture take, and how long is it to the first step? Random weights.
+
+    python benchmarks/memory.py                       # on a GPU: 1.6B at 1024 and 4096 px
+    python benchmarks/memory.py --tiny                # the same at small size, on any machine
+    python benchmarks/memory.py --write benchmarks/results
+
+Writes models of the official sizes in sana's own layout (bf16, 9 GB; the tokenizer is a small
+stand-in), then draws each case from the files in a process of its own, so that nothing of an
+earlier case is counted. Peaks are the allocator's, from loading to the finished picture. Every
+case at 1024 px must draw the same pixels as the resident one: moving weights changes no bit. Cold
+start is the time from starting the process of `sana generate` to its first step, with the files in
+the page cache. Fails if a bar of issue 3 is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+GIB = 2**30
+PROMPT = "a red fox in the snow"
+COLD_START_BAR = 8.0
+COLD_START = """
+import sys, time
+from sana.cli.main import main
+from sana.pipelines.pipeline import Pipeline
+plain = Pipeline.steps
+def steps(self, *inputs):
+    for step in plain(self, *inputs):
+        step.latent.sum().item()
+        print("first step", time.time())
+        sys.stdout.flush()
+        yield step
+Pipeline.steps = steps
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One way to draw one picture."""
+
+    name: str
+    model: str
+    memory: str | None
+    bar: float | None = None
+    """GiB that the allocator may reach."""
+
+
+CASES = (
+    Case(name="1.6B, 1024 px, all resident", model="medium", memory=None, bar=9.5),
+    Case(name="1.6B, 1024 px, offloaded", model="medium", memory="5.8GiB", bar=5.3),
+    Case(name="1.6B, 1024 px, in 4 GiB", model="medium", memory="4GiB", bar=3.5),
+    Case(name="1.6B, 1024 px, in 2.5 GiB", model="medium", memory="2.5GiB", bar=2.0),
+    Case(name="1.6B, 4096 px, tiled, offloaded", model="large", memory="7.5GiB", bar=7.0),
+)
+
+
+def main() -> int:
+    """Run every case and print the table; 1 if a bar is missed or pixels differ."""
+    options = _options()
+    if options.case is not None:
+        print(json.dumps(draw(CASES[options.case], options.folder, is_tiny=options.tiny)))
+        return 0
+    import torch
+
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="sana-memory-") as name:
+        folder = Path(name)
+        write_models(folder, is_tiny=options.tiny)
+        print(f"models written after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        results = [_in_own_process(index, folder, options) for index in range(len(CASES))]
+        cold = cold_start(folder)
+    failures = list(_failures(results, cold, is_tiny=options.tiny))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    lines = list(page(results, cold, device, failures))
+    print("\n".join(lines))
+    print(json.dumps({"device": device, "cold_start": cold, "cases": results}))
+    if options.write is not None:
+        options.write.mkdir(parents=True, exist_ok=True)
+        stem = f"{datetime.date.today()}-memory-{device.replace(' ', '-')}"
+        (options.write / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    print(f"{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def draw(case: Case, folder: Path, *, is_tiny: bool) -> dict[str, Any]:
+    """Load the model within the case's memory and draw a picture; what it took."""
+    import torch
+
+    import sana
+
+    has_cuda = torch.cuda.is_available()
+    began = time.perf_counter()
+    memory = None if is_tiny else case.memory
+    pipeline = sana.load(str(folder / case.model), memory=memory)
+    request = sana.Request(prompt=PROMPT, seeds=7, steps=20 if case.model == "medium" else 4)
+    loaded = time.perf_counter()
+    plan = str(pipeline.memory_plan(request))
+    pipeline.generate(request)
+    if has_cuda:
+        torch.cuda.synchronize()
+    drawn = time.perf_counter()
+    [picture] = pipeline.generate(request)
+    again = time.perf_counter()
+    return {
+        "case": case.name,
+        "plan": plan,
+        "dtype": pipeline.dtype,
+        "peak": torch.cuda.max_memory_allocated() if has_cuda else None,
+        "reserved": torch.cuda.max_memory_reserved() if has_cuda else None,
+        "load_seconds": loaded - began,
+        "first_seconds": drawn - loaded,
+        "seconds": again - drawn,
+        "pixels": hashlib.sha256(picture.tobytes()).hexdigest()[:16],
+    }
+
+
+def cold_start(folder: Path) -> dict[str, float]:
+    """Seconds from starting `sana generate` to its first step, and to its end."""
+    line = ["generate", PROMPT, "--model", str(folder / "medium"), "--seed", "7"]
+    line += ["--output", str(folder / "cold.png")]
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", COLD_START, *line],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"sana generate failed: {done.stderr}")
+    first = next(line for line in done.stdout.splitlines() if line.startswith("first step"))
+    return {"first_step": float(first.split()[-1]) - began, "end": time.time() - began}
+
+
+def write_models(folder: Path, *, is_tiny: bool) -> None:
+    """Two folders of one random model: `medium`, and `large` whose config draws 4096 px."""
+    import torch
+
+    from gemmas import TINY, gemma_tokenizer
+    from sana.config import GemmaConfig, to_json
+    from sana.models.dcae import DCAE
+    from sana.models.dit import LinearDiT
+    from sana.models.gemma import GemmaDecoder
+    from sana.presets import preset
+    from sana.weights.files import to_bytes
+
+    gemma = TINY if is_tiny else GemmaConfig()
+    medium = preset("sana-1600m-1024-bf16").config
+    large = preset("sana-1600m-4096").config
+    if is_tiny:
+        medium, large = (_shrunk(config, gemma.width) for config in (medium, large))
+    transformer = random_state(lambda: LinearDiT(medium.dit))
+    autoencoder = random_state(lambda: DCAE(medium.autoencoder))
+    for name, config in {"medium": medium, "large": large}.items():
+        target = folder / name
+        target.mkdir()
+        header = {"config": to_json(config)}
+        file = target / "transformer-00001-of-00001.safetensors"
+        file.write_bytes(to_bytes(transformer, {**header, "digest": "random"}))
+        (target / "autoencoder.safetensors").write_bytes(to_bytes(autoencoder, header))
+    text = folder / "medium" / "text"
+    text.mkdir()
+    (text / "model.safetensors").write_bytes(
+        to_bytes(random_state(lambda: GemmaDecoder(gemma)), {"format_of": "transformers"})
+    )
+    (text / "config.json").write_text(json.dumps(_gemma_json(gemma)))
+    (text / "tokenizer.json").write_text(gemma_tokenizer())
+    (folder / "large" / "text").symlink_to(text, target_is_directory=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def random_state(make: Any) -> dict[str, Any]:
+    """bf16 tensors for the network that `make` builds, drawn where it is fast, kept on the CPU.
+
+    Matrices keep the size of what passes them, norms stay near one: the states stay finite.
+    """
+    import torch
+
+    from sana.weights.load import meta_parameters
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(3)
+    with meta_parameters():
+        state = make().state_dict()
+    drawn = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            drawn[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            continue
+        values = torch.randn(tensor.shape, generator=generator, device=device)
+        if tensor.ndim > 1 and "table" not in name:
+            values /= tensor[0].numel() ** 0.5
+        else:
+            values = 0.1 * values + (1.0 if name.endswith("weight") and "norm" in name else 0.0)
+        drawn[name] = values.bfloat16().cpu()
+    return drawn
+
+
+def page(
+    results: list[dict[str, Any]], cold: dict[str, float], device: str, failures: list[str]
+) -> Iterator[str]:
+    """The report, line by line."""
+    import torch
+
+    yield f"# Memory of a picture, {datetime.date.today()}, {device}"
+    yield ""
+    yield f"torch {torch.__version__}; `python {shlex.join(sys.argv)}`; random weights of the"
+    yield "official sizes; peaks by the allocator from loading to the picture, CUDA's own 0.5 GiB"
+    yield "not counted; seconds of the second picture (20 steps, at 4096 px 4 steps)."
+    yield ""
+    yield "| case | stated | peak GiB | at most | reserved GiB | load s | picture s | pixels |"
+    yield "|---|---|---:|---:|---:|---:|---:|---|"
+    for case, got in zip(CASES, results, strict=True):
+        bar = "" if case.bar is None else f"{case.bar:g}"
+        yield (
+            f"| {case.name} | {case.memory or '-'} | {_gib(got['peak'])} | {bar} | "
+            f"{_gib(got['reserved'])} | {got['load_seconds']:.1f} | {got['seconds']:.2f} | "
+            f"{got['pixels'][:8]} |"
+        )
+    yield ""
+    for case, got in zip(CASES, results, strict=True):
+        yield f"- {case.name}: {got['plan']}."
+    yield ""
+    yield (
+        f"Cold start of `sana generate`, to the first step: {cold['first_step']:.1f} s "
+        f"(at most {COLD_START_BAR:g}); to the file: {cold['end']:.1f} s."
+    )
+    yield ""
+    yield "All bars held." if not failures else "Missed: " + "; ".join(failures) + "."
+
+
+def _failures(
+    results: list[dict[str, Any]], cold: dict[str, float], *, is_tiny: bool
+) -> Iterator[str]:
+    pairs = list(zip(CASES, results, strict=True))
+    pictures = {got["pixels"] for case, got in pairs if case.model == "medium"}
+    if len(pictures) > 1:
+        yield f"{len(pictures)} different pictures of one request"
+    if is_tiny:
+        return
+    for case, got in pairs:
+        if got["peak"] is None:
+            yield f"{case.name}: no GPU, so no peak"
+        elif case.bar is not None and got["peak"] > case.bar * GIB:
+            yield f"{case.name}: {_gib(got['peak'])} GiB"
+    if cold["first_step"] > COLD_START_BAR:
+        yield f"cold start {cold['first_step']:.1f} s"
+
+
+def _in_own_process(index: int, folder: Path, options: Any) -> dict[str, Any]:
+    line = [sys.executable, __file__, "--case", str(index), "--folder", str(folder)]
+    done = subprocess.run(
+        [*line, *(["--tiny"] if options.tiny else [])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise SystemExit(f"{CASES[index].name} failed")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(result), file=sys.stderr)
+    return result
+
+
+def _shrunk(config: Any, text_width: int) -> Any:
+    def thin(stages: Any) -> Any:
+        return tuple(replace(s, width=s.width // 16, depth=min(s.depth, 1)) for s in stages)
+
+    autoencoder = config.autoencoder
+    dit = replace(config.dit, width=64, depth=3, cross_heads=2, text_dim=text_width)
+    return replace(
+        config,
+        dit=dit,
+        autoencoder=replace(
+            autoencoder,
+            encoder=thin(autoencoder.encoder),
+            decoder=thin(autoencoder.decoder),
+            head_dim=8,
+        ),
+        text=replace(config.text, width=text_width),
+        pixels=min(config.pixels, 1280) // 4,
+        trained_on_bins=False,
+    )
+
+
+def _gemma_json(gemma: Any) -> dict[str, Any]:
+    return {
+        "model_type": "gemma2",
+        "hidden_size": gemma.width,
+        "num_hidden_layers": gemma.layers,
+        "num_attention_heads": gemma.heads,
+        "num_key_value_heads": gemma.key_heads,
+        "head_dim": gemma.head_dim,
+        "intermediate_size": gemma.mlp_width,
+        "vocab_size": gemma.vocabulary,
+        "query_pre_attn_scalar": gemma.query_scale,
+        "attn_logit_softcapping": gemma.soft_cap,
+        "sliding_window": gemma.window,
+        "rope_theta": gemma.rope_theta,
+        "rms_norm_eps": gemma.norm_eps,
+    }
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / GIB:.2f}"
+
+
+def _options() -> Any:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tiny", action="store_true", help="small networks, for trying it out")
+    parser.add_argument("--write", type=Path, help="folder for the dated report")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

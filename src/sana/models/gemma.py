@@ -1,0 +1,361 @@
+"""Gemma-2 as a text encoder: the bare decoder, and the prompt's states after the instruction.
+
+The decoder follows the Gemma 2 report (arXiv 2408.00118) and family-spec section 4; its state dict
+has the names of transformers' Gemma2Model. `Gemma2` puts the instruction before a prompt and keeps
+the states of the first token and of those behind the instruction. Attention is causal, so the
+instruction's keys and values are the same for every prompt: they are computed once. Nothing is
+padded, except where NVIDIA's convention reads padding.
+
+Shape letters: B prompts, P tokens before, T tokens, W width, H query heads, K key heads, G = H / K,
+D head width.
+Precision: norms and softmax in fp32, all else in the weights' dtype. In fp16 the states overflow,
+so it is refused, and autocast is switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from sana.config import GemmaConfig, Reference
+from sana.errors import CheckpointError
+from sana.models.instruction import INSTRUCTIONS
+from sana.models.layers import split_heads
+from sana.models.text import PromptTokenizer, TextStates
+
+logger = logging.getLogger(__name__)
+
+PADDING = 0
+"""Gemma's token number of <pad>."""
+Memory: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Keys and values [B, K, P, D] of each layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """The instruction but for its last token, which may melt into the prompt's first word."""
+
+    ids: list[int]
+    first: Tensor  # [1, W], the state of the first token
+    memory: Memory
+
+
+class Gemma2(nn.Module):
+    """Prompts to the last normed states of Gemma-2, `max_tokens` of them at most.
+
+    `reference` chooses the quotes in the instruction, and diffusers' prompts are lower-cased.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        tokenizer: str,
+        *,
+        max_tokens: int = 300,
+        reference: Reference = "nvidia",
+    ) -> None:
+        super().__init__()
+        self.width = config.width
+        self.max_tokens = max_tokens
+        self.instruction = INSTRUCTIONS[reference]
+        self.lowers = reference == "diffusers"
+        self.tokenizer = PromptTokenizer(tokenizer, max_tokens)
+        _check_tokenizer(self.tokenizer, config)
+        self.model = GemmaDecoder(config)
+        self._prefix: _Prefix | None = None
+        register: Any = self.register_load_state_dict_post_hook
+        register(_forget_prefix)
+        self.requires_grad_(False)
+        self.eval()
+
+    def tokenize(self, prompts: Sequence[str], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """Token numbers and mask without the instruction; see `PromptTokenizer.tokenize`."""
+        return self.tokenizer.tokenize(prompts, pad_to)
+
+    @torch.no_grad()
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Last normed states [B, T, W] of ids [B, T]; `CheckpointError` in float16."""
+        return self._run(ids, mask)[0]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """Each prompt after the instruction: its first token's state and those of the prompt."""
+        return _padded([self._after_instruction(self._clean(prompt)) for prompt in prompts])
+
+    @torch.no_grad()
+    def encode_negative(self, prompts: Sequence[str], length: int | None = None) -> TextStates:
+        """Prompts without the instruction, as unconditional texts are.
+
+        With `length`, states go on over padding up to there; the mask still ends at the prompt.
+        """
+        rows, masks = [], []
+        for prompt in prompts:
+            ids, _ = self.tokenizer.tokenize([self._clean(prompt)])
+            missing = max(0, (length or 0) - ids.shape[1])
+            mask = F.pad(torch.ones_like(ids, dtype=torch.bool), (0, missing))
+            ids = F.pad(ids, (0, missing), value=PADDING)
+            rows.append(self._run(ids, mask if missing else None)[0][0])
+            masks.append(mask[0].to(rows[-1].device))
+        return TextStates(
+            states=pad_sequence(rows, batch_first=True), mask=pad_sequence(masks, batch_first=True)
+        )
+
+    def _clean(self, prompt: str) -> str:
+        return prompt.lower().strip() if self.lowers else prompt.strip()
+
+    def _after_instruction(self, prompt: str) -> Tensor:
+        """[T, W]: position 0 and the last `max_tokens` - 1 that instruction and prompt can have.
+
+        The first of those last is the instruction's final token, a space that may melt into the
+        prompt's first word (family-spec section 4).
+        """
+        prefix = self._instruction_prefix()
+        end = len(prefix.ids)
+        ids = self.tokenizer.numbers(self.instruction + prompt)
+        excess = len(ids) - (end + self.max_tokens - 1)
+        if excess > 0:
+            logger.warning(
+                "the prompt %r has %d tokens and %d are read: its end is ignored, so shorten it",
+                prompt[:60],
+                len(ids) - end,
+                self.max_tokens - 1,
+            )
+            ids = ids[:-excess]
+        shared = _common(prefix.ids, ids)
+        if shared == len(ids):
+            return prefix.first
+        memory = [(key[:, :, :shared], value[:, :, :shared]) for key, value in prefix.memory]
+        states, _ = self._run(torch.tensor([ids[shared:]]), None, memory)
+        return torch.cat([prefix.first, states[0, end - shared :]])
+
+    def _instruction_prefix(self) -> _Prefix:
+        """Computed at the first prompt, and again after other weights or another device or dtype.
+
+        A memory of the weights alone: no prompt changes it.
+        """
+        weight = self.model.embed_tokens.weight
+        kept = self._prefix
+        if kept is None or (kept.first.device, kept.first.dtype) != (weight.device, weight.dtype):
+            ids = self.tokenizer.numbers(self.instruction)[:-1]
+            states, memory = self._run(torch.tensor([ids]))
+            kept = _Prefix(ids=ids, first=states[0, :1].clone(), memory=memory)
+            self._prefix = kept
+        return kept
+
+    def _run(
+        self, ids: Tensor, mask: Tensor | None = None, memory: Memory | None = None
+    ) -> tuple[Tensor, Memory]:
+        weight = self.model.embed_tokens.weight
+        if weight.dtype == torch.float16:
+            raise CheckpointError(
+                "Gemma-2 is in float16, where its states overflow to infinity; use bfloat16 or "
+                "float32"
+            )
+        with torch.autocast(weight.device.type, enabled=False):
+            mask = None if mask is None else mask.to(weight.device)
+            result: tuple[Tensor, Memory] = self.model(ids.to(weight.device), mask, memory)
+        return result
+
+
+class GemmaDecoder(nn.Module):
+    """Token numbers to last normed states; no head."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.layers))
+        self.norm = GemmaNorm(config)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, memory: Memory | None = None
+    ) -> tuple[Tensor, Memory]:
+        """ids [B, T] -> states [B, T, W], and `memory` [B, K, P + T, D] for tokens that follow.
+
+        mask [B, T], true for real tokens, is only taken without a memory; None means all are real.
+        """
+        before = 0 if memory is None else memory[0][0].shape[2]
+        length = before + ids.shape[1]
+        assert length <= self.config.window, "longer than the sliding window of every other layer"
+        assert mask is None or memory is None
+        x = self.embed_tokens(ids)
+        x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype, device=x.device)
+        turns = _turns(self.config, before, length, x)
+        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[before:]
+        hidden = ~(seen if mask is None else seen & mask[:, None, None, :].bool())
+        following: Memory = []
+        for index, layer in enumerate(self.layers):
+            x, kept = layer(x, turns, hidden, None if memory is None else memory[index])
+            following.append(kept)
+        return self.norm(x), following
+
+
+class GemmaLayer(nn.Module):
+    """Attention and gated MLP, each with a norm before and after."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.self_attn = GemmaAttention(config)
+        self.mlp = GemmaMLP(config)
+        self.input_layernorm = GemmaNorm(config)
+        self.post_attention_layernorm = GemmaNorm(config)
+        self.pre_feedforward_layernorm = GemmaNorm(config)
+        self.post_feedforward_layernorm = GemmaNorm(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        memory: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        mixed, kept = self.self_attn(self.input_layernorm(x), turns, hidden, memory)
+        x = x + self.post_attention_layernorm(mixed)
+        branch = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(branch), kept
+
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention with rotary positions and a soft cap on its logits."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        query, key = config.heads * config.head_dim, config.key_heads * config.head_dim
+        self.q_proj = nn.Linear(config.width, query, bias=False)
+        self.k_proj = nn.Linear(config.width, key, bias=False)
+        self.v_proj = nn.Linear(config.width, key, bias=False)
+        self.o_proj = nn.Linear(query, config.width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        memory: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        config = self.config
+        query = _turned(split_heads(self.q_proj(x), config.head_dim), turns)
+        key = _turned(split_heads(self.k_proj(x), config.head_dim), turns)
+        value = split_heads(self.v_proj(x), config.head_dim)
+        if memory is not None:
+            key = torch.cat([memory[0], key], dim=2)
+            value = torch.cat([memory[1], value], dim=2)
+        query = torch.unflatten(query, 1, (config.key_heads, -1))  # (B, K, G, T, D)
+        logits = (query @ key[:, :, None].mT).float() * config.query_scale**-0.5
+        logits = config.soft_cap * torch.tanh(logits / config.soft_cap)
+        logits = logits.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None], -torch.inf)
+        mixed = logits.softmax(-1).to(value.dtype) @ value[:, :, None]
+        return self.o_proj(mixed.flatten(1, 2).transpose(1, 2).flatten(2)), (key, value)
+
+
+class GemmaMLP(nn.Module):
+    """down(gelu(gate) * up), GELU by tanh."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        projected: Tensor = self.down_proj(gate * self.up_proj(x))
+        return projected
+
+
+class GemmaNorm(nn.Module):
+    """RMSNorm with the factor 1 + weight, all of it in fp32."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * (1 + self.weight.float())).to(x.dtype)
+
+
+def gemma_config(data: Mapping[str, Any], source: str) -> GemmaConfig:
+    """From a transformers config.json, of version 4 or 5; `CheckpointError` if it is another's."""
+    if data.get("model_type") != "gemma2":
+        raise CheckpointError(
+            f"{source} describes a {data.get('model_type')!r} model; Sana reads its prompts with "
+            "gemma2; give the folder of Gemma-2-2B-it"
+        )
+    rope = data.get("rope_parameters") or {}
+    try:
+        return GemmaConfig(
+            width=data["hidden_size"],
+            layers=data["num_hidden_layers"],
+            heads=data["num_attention_heads"],
+            key_heads=data["num_key_value_heads"],
+            head_dim=data["head_dim"],
+            mlp_width=data["intermediate_size"],
+            vocabulary=data["vocab_size"],
+            query_scale=data.get("query_pre_attn_scalar", 256),
+            soft_cap=data.get("attn_logit_softcapping") or torch.inf,
+            window=data.get("sliding_window") or 4096,
+            rope_theta=rope.get("rope_theta") or data.get("rope_theta", 10000.0),
+            norm_eps=data.get("rms_norm_eps", 1e-6),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{source} has no {error}; get it again") from None
+
+
+def _check_tokenizer(tokenizer: PromptTokenizer, config: GemmaConfig) -> None:
+    if tokenizer.size > config.vocabulary:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.size} tokens and Gemma-2 has rows for "
+            f"{config.vocabulary}; use the tokenizer that the weights came with"
+        )
+    empty = tokenizer.numbers("")
+    if len(empty) != 1:
+        raise CheckpointError(
+            f"the tokenizer makes tokens {empty} of an empty prompt; Gemma's makes <bos> alone; "
+            "use the tokenizer that the weights came with"
+        )
+
+
+def _forget_prefix(module: nn.Module, _keys: object) -> None:
+    assert isinstance(module, Gemma2)
+    module._prefix = None
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _turns(config: GemmaConfig, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, D] for positions start to end, computed in fp32."""
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=like.device)
+    places = torch.arange(start, end, dtype=torch.float32, device=like.device)
+    angles = places[:, None] / config.rope_theta ** (even / config.head_dim)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions: channel i turns with channel i + D / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * turns[0] + torch.cat([-second, first], dim=-1) * turns[1]
+
+
+def _padded(rows: Sequence[Tensor]) -> TextStates:
+    """Rows [T, W] of different lengths, side by side."""
+    mask = pad_sequence(
+        [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows],
+        batch_first=True,
+    )
+    return TextStates(states=pad_sequence(list(rows), batch_first=True), mask=mask)

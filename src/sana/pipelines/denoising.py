@@ -1,0 +1,135 @@
+"""From a request to the denoiser that its sampler asks: text, guidance, ControlNet, LoRA.
+
+Everything that a request changes about the network is put together here and thrown away with the
+request; the model's own weights are never touched. Start reading at `make_denoiser`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sana.errors import RequestError
+from sana.models.controlnet import Controlled
+from sana.models.lora import adapted
+from sana.pipelines.precision import check_finite
+from sana.samplers import METHODS, Denoiser, Guidance, Text, borrow_mask, distilled, guided
+from sana.weights.lora import load_lora
+
+if TYPE_CHECKING:
+    from sana.models.dit import LinearDiT
+    from sana.models.text import TextStates
+    from sana.pipelines.placing import Placing
+    from sana.weights.load import Components
+
+
+def make_denoiser(
+    components: Components,
+    placing: Placing,
+    request: Any,
+    times: Tensor,
+    control: Tensor | None = None,
+) -> Denoiser:
+    """What answers the sampler's queries for a complete `request`, over the grid `times`.
+
+    control [1,C,h,w] is the normalized latent of the control picture. `placing` brings each network
+    when it is needed: both texts are read before the transformer comes.
+    """
+    config, dit = components.config, components.dit
+    has_second = request.guidance != 1 and not config.dit.guidance_embedding
+    placing.enter("text")
+    encoded = components.text.encode([request.prompt])
+    negative = _read_negative(components, request, encoded) if has_second else None
+    placing.enter("denoise")
+    if request.loras:
+        dit = adapted(dit, [load_lora(name, dit) for name in request.loras], request.lora_scales)
+    base: LinearDiT | Controlled = dit
+    network: Any = dit.denoise
+    if control is not None:
+        assert components.controlnet is not None
+        base = network = Controlled(
+            dit,
+            components.controlnet,
+            control,
+            scale=request.control_scale,
+            reference=config.reference,
+            interval=control_interval(times, request.control_start, request.control_end),
+        )
+    network = _present(network, placing)
+    text = _embedded(components, base, encoded, "the prompt")
+    if config.dit.guidance_embedding:
+        return distilled(network, text, request.guidance)
+    if request.pag_scale:
+        network = partial(network, perturbed_blocks=request.pag_blocks)
+    by_scheduler = METHODS[request.sampler].takes_integer_times
+    return guided(
+        network,
+        text,
+        None if negative is None else _negative(components, base, negative, text),
+        Guidance(
+            scale=request.guidance,
+            perturbation=request.pag_scale or 0.0,
+            interval=request.guidance_interval or (0.0, 1.0),
+        ),
+        integer_times=config.tells_integer_times(by_scheduler=by_scheduler),
+    )
+
+
+def control_interval(times: Tensor, start: float, end: float) -> tuple[float, float]:
+    """The times between which a ControlNet acts, for parts of the steps (as in the peer).
+
+    Step i of n acts if i / n >= start and (i + 1) / n <= end. Raises `RequestError` if none does.
+    """
+    if start <= 0 and end >= 1:
+        return 0.0, 1.0
+    count = len(times) - 1
+    first = math.ceil(start * count - 1e-9)
+    last = math.floor(end * count + 1e-9) - 1
+    if first > last:
+        raise RequestError(
+            f"control_start {start:g} and control_end {end:g} hold none of {count} steps; set them "
+            f"at least {1 / count:.2g} apart"
+        )
+    grid = times.tolist()
+    # Half way to the neighbours: the network may be told a time rounded to a thousandth.
+    high = 2.0 if first == 0 else (grid[first - 1] + grid[first]) / 2
+    return (grid[last] + grid[last + 1]) / 2, high
+
+
+def _present(network: Any, placing: Placing) -> Any:
+    """The same network, which comes to the device first if another request sent it away."""
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        placing.enter("denoise")
+        return network(*inputs, **options)
+
+    return call
+
+
+def _read_negative(components: Components, request: Any, conditional: TextStates) -> TextStates:
+    length = conditional.mask.shape[1] if components.config.borrows_mask else None
+    return components.text.encode_negative([request.negative_prompt], length)
+
+
+def _negative(
+    components: Components,
+    base: LinearDiT | Controlled,
+    encoded: TextStates,
+    conditional: Text,
+) -> Text:
+    """The unconditional text; by NVIDIA's convention it is seen through the prompt's own mask."""
+    text = _embedded(components, base, encoded, "the negative prompt")
+    return borrow_mask(text, conditional) if components.config.borrows_mask else text
+
+
+def _embedded(
+    components: Components, base: LinearDiT | Controlled, encoded: TextStates, what: str
+) -> Text:
+    weight = next(components.dit.parameters())
+    mask = encoded.mask.to(weight.device)
+    states = base.embed_text(encoded.states.to(weight.device, weight.dtype), mask)
+    check_finite(states, f"the text states of {what}", weight.dtype)
+    return Text(states=states, mask=mask)

@@ -1,0 +1,406 @@
+"""Does what a memory plan says: networks come to the device for their phase and leave after it.
+
+Weights never change while drawing, so leaving costs nothing: every network that moves keeps one
+copy on the host (page-locked where CUDA is), and its parameters point there again. What comes next
+is copied on a stream of its own while the device still works. Streaming keeps two blocks on the
+device: one that runs and one that arrives. Only storage moves: results are the same, bit for bit.
+Start reading at `Offload.enter`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sana.pipelines.memory import NEEDED, MemoryPlan, Part, Phase
+
+logger = logging.getLogger(__name__)
+
+Movable: TypeAlias = tuple[Callable[[Tensor], None], Tensor]
+"""A tensor, and what puts another one in its place."""
+
+ALIGNMENT = 256
+CHUNK = 2**29
+LARGE_TABLE = 2**24
+"""Values from which on an embedding stays on the host while its network streams."""
+
+
+class Offload:
+    """The networks of one pipeline, each where the plan wants it in the phase that is on."""
+
+    def __init__(self, networks: Mapping[Part, nn.Module], device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.plan = MemoryPlan()
+        self._networks = dict(networks)
+        self._seats: dict[Part, Seat | Stream] = {}
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def follow(self, plan: MemoryPlan) -> None:
+        """Go by `plan` from the next `enter` on."""
+        for part in list(self._seats):
+            if getattr(plan, part) != getattr(self.plan, part):
+                self._seats.pop(part).leave()
+        self.plan = plan
+
+    def enter(self, phase: Phase) -> None:
+        """Bring the networks of `phase` to the device, after those that must leave have left.
+
+        Costs nothing if they are there, so it may be called before every use.
+        """
+        present = self.plan.present(phase)
+        seats = {part: self._seat(part) for part in self._networks}
+        for part, seat in seats.items():
+            if part not in present:
+                seat.leave()
+        for part in sorted(seats, key=lambda part: part != NEEDED[phase]):
+            if part in present:
+                seats[part].begin()
+        if NEEDED[phase] in seats:
+            seats[NEEDED[phase]].arrive()
+
+    def rest(self) -> None:
+        """Everything that moves goes to the host; what stays, stays."""
+        for seat in self._seats.values():
+            seat.leave()
+
+    def _seat(self, part: Part) -> Seat | Stream:
+        if part not in self._seats:
+            network, placement = self._networks[part], getattr(self.plan, part)
+            if placement == "stays":
+                network.to(self.device)
+                self._seats[part] = Seat([])
+            elif placement == "visits":
+                chunks = _chunks(tensors_of(network))
+                self._seats[part] = Seat([Unit(chunk, self.device, self._side) for chunk in chunks])
+            else:
+                self._seats[part] = Stream(network, self.device, self._side)
+        return self._seats[part]
+
+
+class Seat:
+    """A network that comes and goes as a whole, in a few large pieces; one that stays has none."""
+
+    def __init__(self, units: list[Unit]) -> None:
+        self._units = units
+
+    def begin(self) -> None:
+        """Start to come, if not here."""
+        for unit in self._units:
+            unit.fetch()
+
+    def arrive(self) -> None:
+        """Be here for all work from now on."""
+        for unit in self._units:
+            unit.use()
+
+    def leave(self) -> None:
+        """Be on the host, taking nothing of the device."""
+        for unit in self._units:
+            unit.drop()
+
+
+class Stream:
+    """A network whose blocks pass through the device two at a time, and whose large tables stay.
+
+    Blocks are the modules of its longest ModuleList. Any order of running them is right; in turn is
+    fast.
+    """
+
+    def __init__(
+        self, network: nn.Module, device: torch.device, side: torch.cuda.Stream | None
+    ) -> None:
+        self._modules = list(longest_list(network))
+        tables = [
+            module
+            for module in network.modules()
+            if isinstance(module, nn.Embedding) and module.weight.numel() >= LARGE_TABLE
+        ]
+        apart = {
+            id(tensor) for module in (*self._modules, *tables) for _, tensor in tensors_of(module)
+        }
+        rest = [entry for entry in tensors_of(network) if id(entry[1]) not in apart]
+        self._rest = Seat([Unit(rest, device, side)])
+        self._blocks = [Unit(tensors_of(module), device, side) for module in self._modules]
+        self._tables = [Table(table, device) for table in tables]
+        self._device = device
+        self._slots: list[Tensor] = []
+        self._holders: list[int | None] = [None, None]
+        self._hooks: list[Any] = []
+
+    def begin(self) -> None:
+        """Fetch what is outside the blocks, and the first block."""
+        self._rest.begin()
+        if self._slots:
+            return
+        size = max(unit.size for unit in self._blocks)
+        with torch.inference_mode(False):
+            self._slots = [
+                torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)
+            ]
+        for index, module in enumerate(self._modules):
+            self._hooks.append(module.register_forward_pre_hook(self._before(index)))
+            self._hooks.append(module.register_forward_hook(self._after(index)))
+        for table in self._tables:
+            table.begin()
+        self._fetch(0)
+
+    def arrive(self) -> None:
+        """Have what is outside the blocks here."""
+        self._rest.arrive()
+
+    def leave(self) -> None:
+        """Be on the host, hooks removed."""
+        self._rest.leave()
+        for unit in self._blocks:
+            unit.drop()
+        for table in self._tables:
+            table.leave()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._slots, self._holders = [], [], [None, None]
+
+    def _fetch(self, index: int) -> None:
+        """Into its slot; whoever is there still, after a run that was broken off, is sent away."""
+        slot = index % 2
+        holder = self._holders[slot]
+        if holder is not None and holder != index:
+            self._blocks[holder].drop()
+        self._holders[slot] = index
+        self._blocks[index].fetch(self._slots[slot])
+
+    def _before(self, index: int) -> Callable[..., None]:
+        following = (index + 1) % len(self._blocks)
+
+        def arrive(module: nn.Module, _inputs: object) -> None:
+            self._fetch(index)
+            self._blocks[index].use()
+            self._bring_strangers(module)
+            if following % 2 != index % 2:
+                self._fetch(following)
+
+        return arrive
+
+    def _bring_strangers(self, module: nn.Module) -> None:
+        """What was added to a block later, such as a LoRA, comes once and stays."""
+        for parameter in module.parameters():
+            if parameter.device != self._slots[0].device:
+                with torch.inference_mode(False), torch.no_grad():
+                    parameter.data = parameter.data.to(self._device)
+
+    def _after(self, index: int) -> Callable[..., None]:
+        def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
+            self._blocks[index].drop()
+
+        return leave
+
+
+class Table:
+    """An embedding whose rows are looked up on the host and only those wanted are sent."""
+
+    def __init__(self, module: nn.Embedding, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+        with torch.inference_mode(False), torch.no_grad():
+            self._host = module.weight.detach().cpu()
+            self._nothing = torch.empty(
+                (0, self._host.shape[1]), dtype=self._host.dtype, device=device
+            )
+        self._hooks: list[Any] = []
+        self._point(self._host)
+
+    def begin(self) -> None:
+        """Answer look-ups; between them the weight is an empty tensor on the device."""
+        self._point(self._nothing)
+        self._hooks = [
+            self._module.register_forward_pre_hook(self._gather),
+            self._module.register_forward_hook(self._forget),
+        ]
+
+    def leave(self) -> None:
+        """Point to the host again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._point(self._host)
+
+    def _gather(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.no_grad():
+            rows, places = torch.unique(inputs[0].clone(), return_inverse=True)
+            self._point(self._host[rows.cpu()].to(self._device))
+        return (places, *inputs[1:])
+
+    def _forget(self, _module: nn.Module, _inputs: object, _output: object) -> None:
+        self._point(self._nothing)
+
+    def _point(self, weight: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._module.weight.data = weight
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor's place in a unit's memory: what puts it there, its layout, its first byte."""
+
+    point: Callable[[Tensor], None]
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """From its first to its last value in memory, so that any layout survives a move."""
+        if 0 in self.shape:
+            return 0
+        reach = zip(self.shape, self.stride, strict=True)
+        return (1 + sum((size - 1) * stride for size, stride in reach)) * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor at its place in `memory`."""
+        stretch = memory[self.start : self.start + self.nbytes].view(self.dtype)
+        return stretch.as_strided(self.shape, self.stride, stretch.storage_offset())
+
+
+class Unit:
+    """Tensors that move together: one stretch of host memory, copied to the device in one piece."""
+
+    def __init__(
+        self,
+        tensors: list[Movable],
+        device: torch.device,
+        side: torch.cuda.Stream | None,
+    ) -> None:
+        self._device, self._side = device, side
+        self._entries: list[Entry] = []
+        self.size = 0
+        for point, tensor in tensors:
+            entry = Entry(point, tensor.shape, tensor.stride(), tensor.dtype, self.size)
+            self._entries.append(entry)
+            self.size += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+        with torch.inference_mode(False), torch.no_grad():
+            self._host = torch.empty(self.size, dtype=torch.uint8)
+            for entry, (_, tensor) in zip(self._entries, tensors, strict=True):
+                entry.view(self._host).copy_(tensor)
+        if side is not None:
+            lock_pages(self._host)
+        self._here: Tensor | None = None
+        self._arrival: torch.cuda.Event | None = None
+        self._is_used = False
+        self._point_to(self._host)
+
+    def fetch(self, slot: Tensor | None = None) -> None:
+        """Start the copy to the device, into `slot` if given; nothing if it has started already."""
+        if self._here is not None:
+            return
+        with torch.inference_mode(False):
+            here = slot
+            if here is None:
+                here = torch.empty(self.size, dtype=torch.uint8, device=self._device)
+            self._here = here[: self.size]
+            if self._side is None:
+                self._here.copy_(self._host)
+                return
+            # Also waits for the work that last used this memory.
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._side):
+                self._here.copy_(self._host, non_blocking=True)
+                self._arrival = self._side.record_event()
+
+    def use(self) -> None:
+        """Have the tensors on the device for all work from here on."""
+        if self._is_used:
+            return
+        self.fetch()
+        assert self._here is not None, "fetched"
+        self._wait()
+        self._is_used = True
+        self._point_to(self._here)
+
+    def drop(self) -> None:
+        """Point to the host; the device's memory is free for whatever is computed next."""
+        if self._here is None:
+            return
+        self._wait()
+        if self._is_used:
+            self._point_to(self._host)
+        self._here, self._is_used = None, False
+
+    def _wait(self) -> None:
+        if self._arrival is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._arrival)
+            self._arrival = None
+
+    def _point_to(self, memory: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for entry in self._entries:
+                entry.point(entry.view(memory))
+
+
+def tensors_of(network: nn.Module) -> list[Movable]:
+    """Every parameter and buffer once, each with what puts another tensor in its place."""
+    found: dict[int, Movable] = {}
+    for module in network.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in found:
+                found[id(parameter)] = (_set_data(parameter), parameter)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in found:
+                found[id(buffer)] = (_set_buffer(module, name), buffer)
+    return list(found.values())
+
+
+def longest_list(network: nn.Module) -> nn.ModuleList:
+    """The longest ModuleList inside, which holds a transformer's blocks."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    assert lists, "only a network of blocks streams"
+    return max(lists, key=len)
+
+
+def lock_pages(memory: Tensor) -> None:
+    """Page-lock host memory in place, so that CUDA copies it without a detour, until it is freed.
+
+    `pin_memory` would round every allocation up to a power of two. If the system refuses, copies
+    are slower and nothing else changes.
+    """
+    if not memory.numel():
+        return
+    runtime: Any = torch.cuda.cudart()
+    address = memory.data_ptr()
+    error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+    if error:
+        logger.info("page-locking %d bytes was refused (CUDA error %d)", memory.nbytes, error)
+        return
+    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
+
+
+def _set_data(parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    def point(tensor: Tensor) -> None:
+        parameter.data = tensor
+
+    return point
+
+
+def _set_buffer(module: nn.Module, name: str) -> Callable[[Tensor], None]:
+    def point(tensor: Tensor) -> None:
+        module._buffers[name] = tensor
+
+    return point
+
+
+def _chunks(tensors: list[Movable]) -> list[list[Movable]]:
+    """In their order, in pieces of about `CHUNK` bytes, so that host memory is never held twice."""
+    chunks: list[list[Movable]] = [[]]
+    size = 0
+    for entry in tensors:
+        if chunks[-1] and size + entry[1].nbytes > CHUNK:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(entry)
+        size += entry[1].nbytes
+    return chunks

@@ -1,0 +1,227 @@
+"""One pipeline's memory: plans each request by what is free, moves networks, decodes in what fits.
+
+The limit is what the user stated, or what is free now. Where nothing fits a stated limit, that is
+an error; where nothing fits what happens to be free, the least is tried, and said. Running out of
+memory while decoding is no end: tiles are tried next. Start reading at `Placing.prepare`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sana.models.tiling import decode_bands, encode_tiled
+from sana.pipelines.footprint import Canvas, Widths
+from sana.pipelines.memory import (
+    CUDA_CONTEXT,
+    GOOD_TILES,
+    SMALL_TILES,
+    DoesNotFit,
+    MemoryPlan,
+    Part,
+    Phase,
+    plan,
+)
+from sana.pipelines.offload import Offload, tensors_of
+from sana.pipelines.precision import check_finite
+
+if TYPE_CHECKING:
+    from sana.config import ModelConfig
+    from sana.weights.load import Components
+
+logger = logging.getLogger(__name__)
+
+MEMINFO = Path("/proc/meminfo")
+
+
+class Placing:
+    """The networks of `components` on `device`, in at most `limit` bytes if one is stated."""
+
+    def __init__(
+        self, components: Components, device: torch.device | str, limit: int | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        self._config = components.config
+        self._autoencoder = components.autoencoder
+        self._limit = limit
+        self._canvas: Canvas | None = None
+        self._networks = _networks(components)
+        self._offload = Offload(self._networks, self.device)
+        self.widths = Widths(
+            **{part: _value_bytes(network) for part, network in self._networks.items()}
+        )
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What is followed now."""
+        return self._offload.plan
+
+    def prepare(self, canvas: Canvas) -> MemoryPlan:
+        """Plan for `canvas` and go by it; raises `RequestError` if a stated limit is too low."""
+        limit, reserve = bounds(self.device, self._limit, self._free())
+        try:
+            chosen = plan(
+                self._config,
+                canvas,
+                limit,
+                widths=self.widths,
+                can_offload=self.device.type == "cuda",
+                reserve=reserve,
+            )
+        except DoesNotFit as refusal:
+            if self._limit is not None:
+                raise
+            chosen = refusal.least
+            logger.warning("%s; trying it all the same", refusal)
+        if chosen != self.plan:
+            logger.info("memory: %s", chosen)
+        self._offload.follow(chosen)
+        self._canvas = canvas
+        return chosen
+
+    def enter(self, phase: Phase) -> None:
+        """Have the networks of `phase` on the device; call it before each use."""
+        self._offload.enter(phase)
+
+    def rest(self) -> None:
+        """Send what moves to the host."""
+        self._offload.rest()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Pixels [3,H,W] in fp32 on the CPU, of a raw latent [1,C,h,w].
+
+        Out of memory, it is tried again in smaller tiles, and that is logged as a warning.
+        """
+        self._prepare_for(latent)
+        self.enter("decode")
+        longest = max(latent.shape[-2:]) * self._config.autoencoder.factor
+        smaller = [tile for tile in (*GOOD_TILES[1:], *SMALL_TILES) if tile < longest]
+        tile = self.plan.tile
+        while True:
+            try:
+                return self._decode_in(latent, tile)
+            except (RuntimeError, MemoryError) as error:
+                left = [size for size in smaller if tile is None or size < tile]
+                if not left or not is_out_of_memory(error):
+                    raise
+                following = left[0]
+            # Only here, outside the handler, has the failed attempt let go of its tensors.
+            _empty_cache(self.device)
+            how = "in one piece" if tile is None else f"in {tile} px tiles"
+            logger.warning("out of memory decoding %s; trying %d px tiles", how, following)
+            tile = following
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Raw latent [1,C,h,w] on the device, of pixels [1,3,H,W] from anywhere."""
+        self.enter("encode")
+        tile = self.plan.tile or max(pixels.shape[-2:])
+        return encode_tiled(self._autoencoder, pixels, tile=tile)
+
+    def _prepare_for(self, latent: Tensor) -> None:
+        factor = self._config.autoencoder.factor
+        height, width = (side * factor for side in latent.shape[-2:])
+        known = self._canvas
+        if known is None or (known.height, known.width) != (height, width):
+            self.prepare(Canvas(width=width, height=height))
+
+    def _decode_in(self, latent: Tensor, tile: int | None) -> Tensor:
+        factor = self._config.autoencoder.factor
+        height, width = (side * factor for side in latent.shape[-2:])
+        pixels = torch.empty((3, height, width))
+        row = 0
+        for band in decode_bands(self._autoencoder, latent, tile=tile or max(height, width)):
+            check_finite(band, "the decoded pixels", self._autoencoder.decoder.stem.weight.dtype)
+            pixels[:, row : row + band.shape[-2]] = band[0].float()
+            row += band.shape[-2]
+        return pixels
+
+    def _free(self) -> int | None:
+        """What this pipeline can have: what is free, and what it has already."""
+        free = free_memory(self.device)
+        if free is None:
+            return None
+        kind = self.device.type
+        tensors = (t for network in self._networks.values() for _, t in tensors_of(network))
+        return free + sum(tensor.nbytes for tensor in tensors if tensor.device.type == kind)
+
+
+def first_device(
+    config: ModelConfig, widths: Widths, device: torch.device, limit: int | None
+) -> torch.device:
+    """Where to read the weights to: `device`, unless they will not all stay there."""
+    if device.type != "cuda":
+        return device
+    canvas = Canvas(width=config.pixels, height=config.pixels)
+    available, reserve = bounds(device, limit, free_memory(device))
+    try:
+        chosen = plan(config, canvas, available, widths=widths, reserve=reserve)
+    except DoesNotFit:
+        # A smaller picture may still fit, and only a request says what is drawn.
+        return torch.device("cpu")
+    return torch.device("cpu") if chosen.offloads else device
+
+
+def bounds(device: torch.device, stated: int | None, free: int | None) -> tuple[int | None, int]:
+    """What a plan may take, and how much of it CUDA takes itself.
+
+    What is free is counted beside CUDA's own; what a user states is the whole.
+    """
+    reserve = CUDA_CONTEXT if stated is not None and device.type == "cuda" else 0
+    if free is None:
+        return stated, reserve
+    return free + reserve if stated is None else min(stated, free + reserve), reserve
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes free on `device`, with what torch has cached there; None where nobody knows."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    if MEMINFO.is_file():
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
+    if all(name in os.sysconf_names for name in names):
+        return os.sysconf(names[0]) * os.sysconf(names[1])
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return "not enough memory" in said or "out of memory" in said or "can't allocate" in said
+
+
+def _networks(components: Components) -> dict[Part, nn.Module]:
+    """What can move; a ControlNet goes with its base."""
+    dit: nn.Module = components.dit
+    controlnet = getattr(components, "controlnet", None)
+    if controlnet is not None:
+        dit = nn.ModuleDict({"dit": dit, "controlnet": controlnet})
+    networks: dict[Part, nn.Module] = {"dit": dit, "autoencoder": components.autoencoder}
+    text: Any = components.text
+    if isinstance(text, nn.Module):
+        networks["text"] = text
+    return networks
+
+
+def _value_bytes(network: nn.Module) -> int:
+    return next(network.parameters()).element_size()
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

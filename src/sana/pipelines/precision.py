@@ -1,0 +1,146 @@
+"""In which number formats a model runs, by what it was trained in and what the device can.
+
+Models trained in fp16 learnt with their attention clipped to its range; their config carries that
+clamp (`DiTConfig.clamps`), so they are right in fp16 and in fp32, and drew noise in bf16. Models
+trained in bf16 leave the range of fp16. Gemma-2 and the DC-AE overflow in fp16, so they never run
+in it. A wish that would break a model is corrected, with a note. Start reading at `choose`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sana.config import ModelConfig
+from sana.errors import NumericsError
+from sana.pipelines.footprint import Widths
+
+logger = logging.getLogger(__name__)
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+Trained: TypeAlias = Literal["fp32", "fp16", "bf16"]
+AMPERE = (8, 0)
+"""The first compute capability with bf16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """The dtype of each network, and what had to be said about it."""
+
+    text: torch.dtype
+    dit: torch.dtype
+    autoencoder: torch.dtype
+    notes: tuple[str, ...] = ()
+
+    @property
+    def widths(self) -> Widths:
+        """Bytes of a value of each, for the memory planner."""
+        return Widths(
+            text=self.text.itemsize, dit=self.dit.itemsize, autoencoder=self.autoencoder.itemsize
+        )
+
+
+def choose(
+    config: ModelConfig,
+    device: torch.device | str,
+    wanted: torch.dtype | None = None,
+    *,
+    has_bf16: bool | None = None,
+) -> Precision:
+    """Dtypes for `config` on `device`; `wanted` is followed where the model can stand it.
+
+    `has_bf16` says whether the device computes in bf16; by default it is asked.
+    """
+    kind = torch.device(device).type
+    if has_bf16 is None:
+        has_bf16 = computes_in_bf16(device)
+    wide = BF16 if has_bf16 else FP32
+    notes: list[str] = []
+    if wanted is None:
+        dit = _default(trained_in(config), kind, wide)
+    else:
+        dit = _corrected(config, kind, wanted, wide, notes)
+    # Half precision for the others only where the transformer has it, and never fp16.
+    other = FP32 if dit == FP32 else wide
+    if dit == FP16:
+        logger.debug("text encoder and autoencoder run in %s beside fp16", other)
+    return Precision(text=other, dit=dit, autoencoder=other, notes=tuple(notes))
+
+
+def trained_in(config: ModelConfig) -> Trained:
+    """What the transformer was trained in, by its config alone."""
+    if config.dit.clamps:
+        return "fp16"
+    return "bf16" if config.text.kind == "gemma2" else "fp32"
+
+
+def computes_in_bf16(device: torch.device | str) -> bool:
+    """Whether bf16 is safe and native there: every CPU, CUDA from Ampere on, not MPS."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= AMPERE
+    return device.type == "cpu"
+
+
+def announce(precision: Precision) -> None:
+    """Log what was corrected, as warnings."""
+    for note in precision.notes:
+        logger.warning("%s", note)
+
+
+def check_finite(tensor: Tensor, stage: str, dtype: torch.dtype = FP32) -> None:
+    """`NumericsError` that names the stage, if there is NaN or infinity in `tensor`.
+
+    `dtype` is what the stage computed in, for the way out.
+    """
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return
+    bad = tensor.numel() - int(finite.sum())
+    way_out = "use dtype float32"
+    if dtype == FP32:
+        way_out = "the weights themselves are at fault, or were trained with a clamp that is off"
+    raise NumericsError(
+        f"{bad} of {tensor.numel()} values in {stage} are NaN or infinite "
+        f"(computed in {name(dtype)}); every stage must stay finite, so check the weight file: "
+        f"{way_out}"
+    )
+
+
+def name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as the flag takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _default(trained: Trained, kind: str, wide: torch.dtype) -> torch.dtype:
+    if kind != "cuda":
+        return FP32
+    if trained == "fp16":
+        return FP16
+    return wide
+
+
+def _corrected(
+    config: ModelConfig, kind: str, wanted: torch.dtype, wide: torch.dtype, notes: list[str]
+) -> torch.dtype:
+    """`wanted`, or the nearest that works; what was wrong goes into `notes`."""
+    trained = trained_in(config)
+    if wanted == BF16 and trained == "fp16":
+        better = FP16 if kind == "cuda" else FP32
+        reason = "it was trained in float16, and bfloat16 is too coarse for it"
+    elif wanted == FP16 and trained == "bf16":
+        better, reason = wide, "it was trained in bfloat16 and leaves the range of float16"
+    elif wanted == FP16 and kind == "cpu":
+        better, reason = FP32, "a CPU computes float16 slowly or not at all"
+    elif wanted == BF16 and wide != BF16:
+        better, reason = FP32, f"this {kind} device does not compute in bfloat16"
+    else:
+        return wanted
+    notes.append(
+        f"{config.name} was asked for in {name(wanted)}; {reason}, so it runs in {name(better)}"
+    )
+    return better
