@@ -154,7 +154,7 @@ def test_large_pictures_are_averaged() -> None:
 
 def test_file_round_trip_and_other_worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = small_detector()
-    _task(network).export(tmp_path, dict(network.state_dict()), {})
+    _task(network).export(tmp_path)
     monkeypatch.setattr(
         files,
         "Detector",

@@ -368,7 +368,7 @@ def test_latent_statistics_normalize_what_is_drawn(tmp_path: Path) -> None:
     config: TrainConfig = plan("sticker-autoencoder", SMALL)
     task = make_task(config, CPU)
     assert isinstance(task, AutoencoderTask)
-    task.export(tmp_path, task.network.state_dict(), {})
+    task.export(tmp_path)
     network = load_autoencoder(tmp_path)
     scenes = [task.studio.composer.draw(index, seed=99) for index in range(64)]
     pictures = task.studio.renderer.render(scenes, 64)

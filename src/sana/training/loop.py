@@ -66,8 +66,8 @@ class Task(Protocol):
         """Pictures at fixed seeds, (B, 3, H, W) in -1..1, drawn with the current weights."""
         ...
 
-    def export(self, folder: Path, tensors: dict[str, Tensor], quality: dict[str, Any]) -> None:
-        """Write the first phase's module, with these tensors, in the project's weight format."""
+    def export(self, folder: Path) -> None:
+        """Write the first phase's module, as it is now, for whoever uses it."""
         ...
 
 
@@ -159,8 +159,7 @@ class _Run:
         self.save()
         if self.place.is_main:
             with self._averaged(), torch.compiler.set_stance("force_eager"):
-                tensors = distributed.unwrap(self.task.phases[0].module).state_dict()
-                self.task.export(Path(config.folder) / "model", tensors, {})
+                self.task.export(Path(config.folder) / "model")
         distributed.barrier(self.place)
 
     def save(self) -> None:

@@ -93,7 +93,7 @@ class AutoencoderTask:
         images = self.studio.renderer.render(scenes, self.config.data.size)
         return torch.stack([images, self.network(images).float()], 1).flatten(0, 1)
 
-    def export(self, folder: Path, tensors: dict[str, Tensor], quality: dict[str, Any]) -> None:
+    def export(self, folder: Path) -> None:
         autoencoder = self.network.config
         if self.config.autoencoder.phase in ("full", "latent"):
             mean, scale = self.measure()
@@ -104,7 +104,6 @@ class AutoencoderTask:
             config=dataclasses.replace(self.model, autoencoder=autoencoder),
             recipe=self.config,
             data=self.studio.version,
-            quality=quality,
         )
 
     @torch.no_grad()

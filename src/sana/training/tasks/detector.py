@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class DetectorTask:
     def sample(self) -> None:
         return None
 
-    def export(self, folder: Path, tensors: dict[str, Tensor], quality: dict[str, Any]) -> None:
+    def export(self, folder: Path) -> None:
         """Write `folder/detector.safetensors`; its header names the concepts and the pack."""
         header = {
             "kind": "detector",
@@ -100,8 +100,8 @@ class DetectorTask:
             "colors": list(COLORS),
             "data": self.studio.version,
             "recipe": to_json(self.config),
-            "quality": quality,
         }
+        tensors = self.network.state_dict()
         slim = {
             name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()
         }

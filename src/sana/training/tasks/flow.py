@@ -159,14 +159,13 @@ class FlowTask:
             ]
         return torch.cat(decoded)
 
-    def export(self, folder: Path, tensors: dict[str, Tensor], quality: dict[str, Any]) -> None:
+    def export(self, folder: Path) -> None:
         save(
             folder,
             dit=unwrap(self.phase.module),
             config=self.model,
             recipe=self.config,
             data=self.studio.version,
-            quality=quality,
         )
 
     def _read_null(self) -> tuple[Tensor, Tensor]:

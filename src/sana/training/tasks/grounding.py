@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from sana.config import ModelConfig
 from sana.data.stickers.scene import COLORS, INVERSE, Scene
 from sana.data.stickers.stream import Studio
-from sana.distributed import Place
+from sana.distributed import Place, unwrap
 from sana.models.refiner import Refiner
 from sana.models.text import MiniLM
 from sana.training.config import TrainConfig
@@ -77,9 +77,10 @@ class GroundingTask:
     def sample(self) -> None:
         return None
 
-    def export(self, folder: Path, tensors: dict[str, Tensor], quality: dict[str, Any]) -> None:
+    def export(self, folder: Path) -> None:
         """Write `refiner.pt`, which the flow recipe's `init` reads."""
         folder.mkdir(parents=True, exist_ok=True)
+        tensors = unwrap(self.phases[0].module).state_dict()
         kept = {n.removeprefix("refiner."): t.cpu() for n, t in tensors.items() if "refiner." in n}
         torch.save(kept, folder / "refiner.pt")
 
