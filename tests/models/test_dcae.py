@@ -259,6 +259,10 @@ def test_without_gradients_the_bits_are_the_same(
             assert torch.equal(network(images), with_gradients)
 
     check(network)
+    monkeypatch.setattr(dcae, "STRIP_VALUES", 4000)
+    with torch.no_grad():  # in strips a convolution's last bits may differ
+        assert_matches(with_gradients, network(images), 2e-6)
+    monkeypatch.undo()
     assert torch.equal(images, kept), "nothing is written into what the caller holds"
     for parameter in network.decoder.head.parameters():
         parameter.data.mul_(1.01)
@@ -266,9 +270,9 @@ def test_without_gradients_the_bits_are_the_same(
 
 
 def test_the_official_decoder_makes_1024_px_in_less_than_a_gibibyte() -> None:
-    """Which is what lets the 1.6B model stay on a 9.5 GiB card; plain residuals took 2.1 GiB."""
+    """Which is what lets the 1.6B model stay in 9.5 GiB; plain residuals took 2.1 GiB."""
     config = AUTOENCODERS["dc-ae-f32c32-sana-1.1"].config
     with torch.device("meta"):
         network = DCAE(config).to(torch.bfloat16).eval().to(memory_format=torch.channels_last)
     latent = torch.empty(1, 32, 32, 32, device="meta")
-    assert 0.5 < peak_bytes(lambda: network.decode(latent)) / 2**30 < 0.9  # measured 0.875
+    assert 0.5 < peak_bytes(lambda: network.decode(latent)) / 2**30 < 0.8  # measured 0.79

@@ -124,6 +124,7 @@ def test_the_autoencoder_takes_what_is_estimated(
 
 def test_the_norms_pieces_are_as_large_as_the_estimate_thinks() -> None:
     assert footprint.NORM_VALUES == dcae.NORM_VALUES
+    assert footprint.STRIP_VALUES == dcae.STRIP_VALUES
 
 
 def test_reading_a_prompt_takes_no_more_than_is_estimated() -> None:

@@ -28,8 +28,10 @@ from sana.kernels.reference import quadratic_attention
 from sana.models.layers import GLUMBConv, split_heads
 
 ATTENTION_EPS = 1e-15
-NORM_VALUES = 2**23
+NORM_VALUES = 2**22
 """The fp32 copies inside a norm hold at most this many values where no gradient is wanted."""
+STRIP_VALUES = 2**26
+"""Likewise the enlarged map that a convolution is about to read."""
 ACTIVATIONS: dict[Activation, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 
@@ -254,10 +256,35 @@ class Up(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.shuffles:
             main = shuffle(self.conv(x))
-        else:
+        elif torch.is_grad_enabled() or 4 * x.numel() <= STRIP_VALUES:
             main = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        if self.has_shortcut:
-            main = add(main, shuffle(repeat_channels(x, 4 * self.out)))
+        else:
+            main = self._enlarge_in_strips(x)
+        return self._add_shortcut(main, x) if self.has_shortcut else main
+
+    def _enlarge_in_strips(self, x: Tensor) -> Tensor:
+        """Nearest and convolution, some rows at a time, each with the rows around it."""
+        rows = max(1, STRIP_VALUES * x.shape[-2] // (4 * x.numel()))
+        padded = F.pad(x, (0, 0, 1, 1))
+        height, width = (2 * side for side in x.shape[-2:])
+        result = x.new_empty((len(x), height, width, self.out)).permute(0, 3, 1, 2)
+        for start in range(0, x.shape[-2], rows):
+            result[..., 2 * start : 2 * (start + rows), :] = self._enlarge_strip(
+                padded[..., start : start + rows + 2, :]
+            )
+        return result
+
+    def _enlarge_strip(self, part: Tensor) -> Tensor:
+        large = F.interpolate(part, scale_factor=2, mode="nearest")[..., 1:-1, :]
+        return F.conv2d(large, self.conv.weight, self.conv.bias, padding=(0, 1))
+
+    def _add_shortcut(self, main: Tensor, x: Tensor) -> Tensor:
+        repeats = 4 * self.out // x.shape[1]
+        if torch.is_grad_enabled() or repeats > 4:
+            return add(main, shuffle(repeat_channels(x, 4 * self.out)))
+        for place in range(4):  # the same, without making it first
+            part = x[:, place // repeats :: 4 // repeats]
+            main[..., place // 2 :: 2, place % 2 :: 2].add_(part)
         return main
 
 

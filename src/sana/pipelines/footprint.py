@@ -21,8 +21,9 @@ from sana.config import (
     TextConfig,
 )
 
-NORM_VALUES = 2**23
-"""Values that a DC-AE norm holds in fp32 at a time, as `sana.models.dcae` has it."""
+NORM_VALUES = 2**22
+STRIP_VALUES = 2**26
+"""Values that a DC-AE norm and an enlarging convolution hold at a time, as `sana.models.dcae`."""
 SINUSOIDS = 256
 GEMMA_HEAD_DIM = 256
 INSTRUCTION_TOKENS = 210
@@ -195,8 +196,14 @@ def _up_work(c: DCAEConfig, index: int, pixels: int, value: int) -> int:
     coarse = c.decoder[index + 1].width * pixels // 4
     empty = index == 0 and not c.decoder[0].depth
     fine = (3 if empty else c.decoder[index].width) * pixels
-    main = coarse + fine + (4 * coarse if c.up == "interpolate" else fine)
-    shortcut = 0 if empty else coarse + 3 * fine
+    if c.up == "pixel_shuffle":
+        main = coarse + 2 * fine
+    elif 4 * coarse <= STRIP_VALUES:
+        main = coarse + fine + 4 * coarse
+    else:
+        # The input twice, with the rows around it; the result; an enlarged strip and its result.
+        main = 2 * coarse + fine + STRIP_VALUES * 3 // 2
+    shortcut = 0 if empty else coarse + fine
     return max(main, shortcut) * value
 
 

@@ -268,7 +268,8 @@ def _seconds(way: MemoryPlan, config: ModelConfig, canvas: Canvas, weights: Weig
             stride = way.tile * 3 // 4
             tiled *= (1 + max(0, -(-(side - way.tile) // stride))) * min(way.tile, side)
         seconds += DECODING * (tiled - pixels) / 2**20
-        seconds += SMALL_TILE_PENALTY / way.tile if way.tile < GOOD_TILES[-1] else 0.0
+        if way.tile < GOOD_TILES[-1]:
+            seconds += SMALL_TILE_PENALTY * GOOD_TILES[-1] / way.tile
     return seconds
 
 

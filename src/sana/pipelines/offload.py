@@ -43,9 +43,11 @@ class Offload:
 
     def follow(self, plan: MemoryPlan) -> None:
         """Go by `plan` from the next `enter` on."""
-        for part in list(self._seats):
-            if getattr(plan, part) != getattr(self.plan, part):
-                self._seats.pop(part).leave()
+        changed = [p for p in self._seats if getattr(plan, p) != getattr(self.plan, p)]
+        if changed and self._side is not None:
+            self._side.synchronize()  # a copy may still read the host memory that goes now
+        for part in changed:
+            self._seats.pop(part).leave()
         self.plan = plan
 
     def enter(self, phase: Phase) -> None:
