@@ -250,7 +250,7 @@ class _Run:
         scalars["skipped"] = progress.skipped
         speed = self.journal.scalars(progress.step, self.planned, scalars, seconds)
         progress.means, progress.count = {}, 0
-        if self.config.time_limit:
+        if self.config.time_limit and progress.step < self.planned:
             self._plan(max(0.0, self.config.time_limit - seconds), speed)
 
     def _plan(self, left: float, speed: float) -> None:
