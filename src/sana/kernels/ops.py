@@ -1,8 +1,8 @@
 """The ops that networks call, and the one rule for who computes them: Triton or plain PyTorch.
 
-Triton takes CUDA tensors of shapes and dtypes that its kernels know, where triton is installed;
-`reference` takes everything else and defines what is correct. Tests and comparisons choose with
-`force`. Start reading at `uses_triton`.
+Triton takes tensors on GPUs of compute capability 8 or newer, of shapes and dtypes that its kernels
+know, where triton is installed; `reference` takes everything else and defines what is correct.
+Tests and comparisons choose with `force`. Start reading at `uses_triton`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sana.kernels import reference
+
+OLDEST = 8
+"""Compute capability: older GPUs lack the tf32 and bf16 products that the kernels use."""
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -38,7 +42,9 @@ def force(backend: Backend) -> Iterator[None]:
 def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels are wanted for x; each op also asks whether they know its shapes."""
     backend = _chosen["backend"]
-    return backend == "triton" or (backend == "auto" and HAS_TRITON and x.is_cuda)
+    if backend != "auto":
+        return backend == "triton"
+    return HAS_TRITON and x.is_cuda and torch.cuda.get_device_properties(x.device).major >= OLDEST
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
