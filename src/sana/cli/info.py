@@ -112,9 +112,14 @@ def _print_preset(name: str) -> None:
 
 def _holds_weights(path: Path) -> bool:
     """Told by content; a pickle counts, so that it is named as one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        if file.read(4) == b"\x89PNG":
+            return False
     from sana.weights.tensors import find_content
 
-    return path.is_file() and find_content(path) in ("safetensors", "pickle", "zip")
+    return find_content(path) in ("safetensors", "pickle", "zip")
 
 
 def _header(path: Path) -> dict[str, Any]:
