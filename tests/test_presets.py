@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from numerics import assert_detects
-from sana.config import DCAEConfig, DiTConfig, ModelConfig, from_json, to_json
+from sana.config import ControlNetConfig, DCAEConfig, DiTConfig, ModelConfig, from_json, to_json
 from sana.errors import RequestError
+from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.presets import AUTOENCODERS, PRESETS, preset
@@ -31,6 +32,14 @@ TRANSFORMERS = {
     "sana1.5-4800m-1024": 4_721_825_952,
     "sana-sprint-600m-1024": 593_501_216,
     "sana-sprint-1600m-1024": 1_610_237_472,
+    "sana-sprint-600m-1024-teacher": SANA_600M + 28 * 4 * 1152,
+    "sana-sprint-1600m-1024-teacher": 1_604_641_952,
+    "sana-600m-1024-controlnet-hed": SANA_600M,
+    "sana-1600m-1024-controlnet-hed": SANA_1600M,
+}
+CONTROLNETS = {
+    "sana-600m-1024-controlnet-hed": 168_765_696,
+    "sana-1600m-1024-controlnet-hed": 631_576_960,
 }
 SANA_ENCODER = 153_027_104
 AUTOENCODER_PARTS = {
@@ -60,6 +69,18 @@ def test_transformers_have_the_published_counts(name: str) -> None:
     config = preset(name).config.dit
     check(config)
     assert_detects(check, replace(config, depth=1, qk_norm=not config.qk_norm))
+
+
+@pytest.mark.parametrize("name", CONTROLNETS)
+def test_controlnets_have_the_published_counts(name: str) -> None:
+    def check(config: ControlNetConfig) -> None:
+        with torch.device("meta"):
+            assert count(ControlNet(config)) == CONTROLNETS[name]
+
+    known = preset(name)
+    assert known.config.controlnet is not None and known.control_source is not None
+    check(known.config.controlnet)
+    assert_detects(check, replace(known.config.controlnet, depth=6))
 
 
 @pytest.mark.parametrize("name", AUTOENCODER_PARTS)
@@ -100,7 +121,14 @@ def test_official_details() -> None:
         assert config.autoencoder.latent_scale == (0.41407,)
         assert config.text.max_tokens == 300 and config.text.width == 2304
         assert preset(name).source.startswith("Efficient-Large-Model/")
-        assert "Gemma" in preset(name).license
+        assert "Gemma" in preset(name).licenses["text encoder"]
+        folder = preset(name).folder
+        assert folder is not None and folder.endswith("_diffusers")
+        assert "Gemma" not in preset("sticker-512").licenses["text encoder"]
+    teacher = preset("sana-sprint-1600m-1024-teacher").config
+    assert teacher.dit.time_scale == 1.0 and not teacher.dit.guidance_embedding
+    assert preset("sana-600m-1024").config.sampling.shift == 4.0
+    assert preset("sana-600m-1024-controlnet-hed").config.sampling.shift == 4.0
 
 
 def test_our_models_have_the_same_parts() -> None:

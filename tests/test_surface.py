@@ -8,6 +8,7 @@ from typing import Any
 from cyclopts import Parameter
 
 import sana
+from sana.cli.convert import convert
 from sana.cli.data import stickers
 from sana.cli.doctor import doctor
 from sana.cli.generate import generate
@@ -37,7 +38,7 @@ def test_public_names() -> None:
     assert sorted(sana.__all__) == ["Pipeline", "Request", "__version__", "load", "presets"]
     assert all(getattr(sana, name) for name in sana.__all__)
     assert list(inspect.signature(sana.load).parameters) == [
-        *("name_or_path", "device", "dtype", "memory"),
+        *("name_or_path", "device", "dtype", "memory", "offline"),
     ]
     public = [name for name in vars(sana.Pipeline) if not name.startswith("_")]
     assert public == [
@@ -90,9 +91,10 @@ def test_flags() -> None:
         *("--steps", "--guidance", "--sampler", "--shift", "--guidance-interval"),
         *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
         *("--output", "-o", "--again", "--preview", "--preview_interval"),
-        *("--device", "--dtype", "--memory", "--threads"),
+        *("--device", "--dtype", "--memory", "--offline", "--threads"),
     ]
-    assert flags(info) == ["TARGET"]
+    assert flags(info) == ["TARGET", "--models"]
+    assert flags(convert) == ["SOURCE", "TARGET", "--to", "--dtype", "--like"]
     assert flags(train) == ["RECIPE", "OVERRIDES"]
     assert flags(doctor) == ["--memory", "--json"]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

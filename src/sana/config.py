@@ -64,6 +64,11 @@ class DiTConfig:
     """Interpolation scale of the sin-cos table (1.0 at 2K, 2.0 at 4K); None means no positions."""
     position_base: int = 16
     """Grid side, in tokens, at which positions have unit spacing (before `position_scale`)."""
+    time_scale: float = 1000.0
+    """What a time in 0..1 is multiplied by before its embedding; 1 for the teachers of Sprint.
+
+    Sprint itself, which embeds the guidance scale, always takes its time as it is.
+    """
     text_norm_scale: float = 0.01
     attention_eps: float = 1e-15
     self_norm_eps: float = 1e-5

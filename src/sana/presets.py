@@ -1,7 +1,8 @@
 """Every known model by name: architecture, sampling defaults, where its weights are, their licence.
 
-Thirteen official image models, nine official autoencoders, and our own `sticker-512` and `tiny`.
-Numbers as published; the tests hold each network's parameter count. Start reading at `preset`.
+Thirteen official image models, two teachers of Sprint, two models with a ControlNet, nine official
+autoencoders, and our own `sticker-512` and `tiny`. Numbers as published; the tests hold each
+network's parameter count. Start reading at `preset`.
 """
 
 from __future__ import annotations
@@ -26,17 +27,16 @@ from sana.config import (
 )
 from sana.errors import RequestError
 
-NVIDIA = (
-    "NSCL v2-custom (NVIDIA License), for research use by the model card; "
-    "text encoder: Gemma Terms of Use"
-)
+NVIDIA = "NSCL v2-custom (NVIDIA License), for research use by the model card"
 SPRINT = (
     "the repository says NVIDIA Open Model License, its card NSCL v2-custom: ask NVIDIA before "
-    "commercial use; text encoder: Gemma Terms of Use"
+    "commercial use"
 )
+GEMMA_TERMS = "Gemma Terms of Use, with its prohibited uses"
 MIT_HAN_LAB = "see LICENSE.txt in the repository"
 OURS = "Apache-2.0; see NOTICE beside the weights"
 
+OWNER = "Efficient-Large-Model"
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
@@ -46,10 +46,29 @@ class Preset:
 
     config: ModelConfig
     source: str
-    """Repository on the Hugging Face hub, or `package` or `random` for our own."""
+    """NVIDIA's repository on the Hugging Face hub, or `package` or `random` for our own."""
     license: str
+    """Of the transformer; each part has its own."""
+    autoencoder_license: str = OURS
+    text_license: str = "Apache-2.0 (all-MiniLM-L6-v2)"
     precision: Precision = "fp32"
     """What the weights were released in, and should run in on a GPU."""
+    control_source: str | None = None
+    """The repository of its ControlNet, in NVIDIA's layout."""
+
+    @property
+    def folder(self) -> str | None:
+        """The repository with the same weights in diffusers' layout, all parts together."""
+        return f"{self.source}_diffusers" if "/" in self.source else None
+
+    @property
+    def licenses(self) -> dict[str, str]:
+        """The licence of each part."""
+        return {
+            "transformer": self.license,
+            "autoencoder": self.autoencoder_license,
+            "text encoder": self.text_license,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +182,8 @@ _1600M_NORMED = replace(_1600M, qk_norm=True)
 _4800M_NORMED = replace(_1600M_NORMED, depth=60)
 _600M_SPRINT = replace(_600M, qk_norm=True, guidance_embedding=True)
 _1600M_SPRINT = replace(_1600M_NORMED, guidance_embedding=True)
+_600M_TEACHER = replace(_600M, qk_norm=True, time_scale=1.0)
+_1600M_TEACHER = replace(_1600M_NORMED, time_scale=1.0)
 _SPRINT = SamplingConfig(shift=1.0, steps=2, sampler="scm", integer_times=False)
 
 
@@ -187,11 +208,21 @@ def _official(
         trained_on_bins=True,
     )
     config = with_reference(config, "nvidia")
-    owner = "Efficient-Large-Model"
-    license_text = SPRINT if dit.guidance_embedding else NVIDIA
+    is_sprint = dit.guidance_embedding or dit.time_scale == 1.0
     return name, Preset(
-        config=config, source=f"{owner}/{source}", license=license_text, precision=precision
+        config=config,
+        source=f"{OWNER}/{source}",
+        license=SPRINT if is_sprint else NVIDIA,
+        autoencoder_license=MIT_HAN_LAB,
+        text_license=GEMMA_TERMS,
+        precision=precision,
     )
+
+
+def _controlled(name: str, base: Preset, control: str) -> tuple[str, Preset]:
+    """A model with the ControlNet that follows edges found by HED."""
+    config = replace(base.config, name=name, controlnet=ControlNetConfig(dit=base.config.dit))
+    return name, replace(base, config=config, control_source=f"{OWNER}/{control}")
 
 
 _STICKER = ModelConfig(
@@ -307,6 +338,32 @@ PRESETS: dict[str, Preset] = {
             _1600M_SPRINT,
             1024,
             sampling=_SPRINT,
+        ),
+        _official(
+            "sana-sprint-600m-1024-teacher",
+            "Sana_Sprint_0.6B_1024px_teacher",
+            _600M_TEACHER,
+            1024,
+        ),
+        _official(
+            "sana-sprint-1600m-1024-teacher",
+            "Sana_Sprint_1.6B_1024px_teacher",
+            _1600M_TEACHER,
+            1024,
+        ),
+    ]
+)
+PRESETS |= dict(
+    [
+        _controlled(
+            "sana-600m-1024-controlnet-hed",
+            PRESETS["sana-600m-1024"],
+            "Sana_600M_1024px_ControlNet_HED",
+        ),
+        _controlled(
+            "sana-1600m-1024-controlnet-hed",
+            PRESETS["sana-1600m-1024-bf16"],
+            "Sana_1600M_1024px_BF16_ControlNet_HED",
         ),
     ]
 )

@@ -57,6 +57,39 @@ def test_info_of_a_folder_without_a_model(
     assert capsys.readouterr().err.startswith(f"sana: {tmp_path} has no transformer")
 
 
+def test_info_tables_every_model(capsys: pytest.CaptureFixture[str]) -> None:
+    from sana.presets import AUTOENCODERS
+
+    assert main(["info", "--models"]) == 0
+    out = capsys.readouterr().out
+    firsts = {line.split()[0] for line in out.splitlines() if line.strip()}
+    assert {*PRESETS, *AUTOENCODERS} <= firsts
+    [row] = [line for line in out.splitlines() if line.startswith("sana-600m-1024 ")]
+    assert row.split()[1:4] == ["0.6B", "1024", "fp16"]
+    assert "20 steps, dpm, guidance 4.5, shift 4" in row and "Sana_600M_1024px" in row
+    [sprint] = [line for line in out.splitlines() if line.startswith("sana-sprint-1600m-1024 ")]
+    assert "2 steps, scm, guidance 4.5" in sprint and "shift" not in sprint
+    assert "NVIDIA License" in out and "Gemma Terms of Use" in out
+
+
+def test_info_of_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What tensors show, for files of others; a pickle is named as one."""
+    import safetensors.torch
+
+    from sana.weights.keys import from_ours
+    from weights.networks import DCAES, random_tensors
+
+    file = tmp_path / "vae.safetensors"
+    config = DCAES["sana"]
+    safetensors.torch.save_file(from_ours(random_tensors(config), "original", config), file)
+    assert main(["info", str(file)]) == 0
+    fields = json.loads(capsys.readouterr().out)["autoencoder"]
+    assert fields["layout"] == "original" and fields["config"]["latent_scale"] == [0.41407]
+    file.write_bytes(b"\x80\x04\x95")
+    assert main(["info", str(file)]) == 1
+    assert "is a Python pickle" in capsys.readouterr().err
+
+
 def test_train_passes_recipe_and_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     import sana.training.run
 

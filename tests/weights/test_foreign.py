@@ -314,6 +314,15 @@ def test_autoencoders_without_a_config_need_to_be_known(tmp_path: Path) -> None:
         load_autoencoder(file, like=dataclasses.replace(like, up="interpolate"))
 
 
+def test_an_original_folder_with_its_own_config(tmp_path: Path) -> None:
+    """efficientvit's config.json says other things than diffusers'."""
+    config = DCAES["sana"]
+    theirs = keys.from_ours(random_tensors(config), "original", config)
+    safetensors.torch.save_file(theirs, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_name": "dc-ae-f32c32-sana-1.1"}')
+    assert load_autoencoder(tmp_path).config.latent_scale == (0.41407,)
+
+
 def test_other_files_say_what_they_are(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     safetensors.torch.save_file({"a.lora_A.weight": torch.zeros(1)}, file)

@@ -78,7 +78,7 @@ def test_names_and_paths(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no model 'stickr-512'.*'sticker-512'"):
         load.load("stickr-512")
     with pytest.raises(RequestError, match="'sana-600m-512' are not in this package.*tiny"):
-        load.load("sana-600m-512")
+        load.find_folder("sana-600m-512")
     with pytest.raises(CheckpointError, match="is not there; a model is a folder"):
         load.load(str(tmp_path / "nowhere"))
     file = tmp_path / "file"

@@ -64,6 +64,9 @@ class Machine:
     memory: Annotated[
         str | None, Parameter(help="what may be taken of the device, such as 8GiB", group=MODEL)
     ] = None
+    offline: Annotated[
+        bool | None, Parameter(help="fetch nothing; use what is here", group=MODEL, negative="")
+    ] = None
     threads: Annotated[
         int | None, Parameter(help="CPU threads [default: all cores]", group=MODEL)
     ] = None
@@ -227,7 +230,13 @@ def _load(request: Request, machine: Machine) -> Pipeline:
     if machine.device is not None:
         _check_device(machine.device)
     dtype = machine.dtype and getattr(torch, machine.dtype)
-    return load(request.model, device=machine.device, dtype=dtype, memory=machine.memory)
+    return load(
+        request.model,
+        device=machine.device,
+        dtype=dtype,
+        memory=machine.memory,
+        offline=bool(machine.offline),
+    )
 
 
 def _check_device(device: str) -> None:

@@ -78,7 +78,9 @@ class Stem(nn.Module):
         Sprint takes its time unscaled, and the guidance scale beside it.
         """
         if self.guidance_embed is None:
-            embedding = self.time_embed(_exact(time.float() * TIME_SCALE))
+            scaled = time.float() * self.config.time_scale
+            is_whole = self.config.time_scale == TIME_SCALE
+            embedding = self.time_embed(_exact(scaled) if is_whole else scaled)
         else:
             if guidance is None:
                 raise ValueError("guidance is None; this network embeds the scale: pass one")

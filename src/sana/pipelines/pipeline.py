@@ -222,14 +222,16 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     memory: int | str | None = None,
+    offline: bool = False,
 ) -> Pipeline:
     """A pipeline with the weights of a preset or a folder; raises as `weights.load.load` does.
 
     By default on CUDA where there is one, else the CPU, and in the dtypes that suit the model and
     the device; a `dtype` that would break the model is corrected with a warning. `memory`, in bytes
-    or such as "8GiB", is what may be taken of the device.
+    or such as "8GiB", is what may be taken of the device. An official model is fetched when it is
+    first used; `offline` takes it from the cache alone.
     """
-    from sana.weights.load import Where
+    from sana.weights.load import Where, find_model
     from sana.weights.load import load as load_components
 
     limit = parse(memory) if isinstance(memory, str) else memory
@@ -245,5 +247,6 @@ def load(
             text=precision.text,
         )
 
-    components = load_components(name_or_path, dtype=dtype or torch.float32, where=where)
+    found = find_model(name_or_path, is_offline=offline)
+    components = load_components(found, dtype=dtype or torch.float32, where=where)
     return Pipeline(components, device=place, memory=limit)

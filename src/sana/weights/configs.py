@@ -76,6 +76,7 @@ def read_transformer(data: Json, source: str) -> DiTConfig:
             "cross_attention_head_dim": width // cross,
             "out_channels": channels,
         }
+        guided = bool(data.get("guidance_embeds", False))
         qk_norm = data.get("qk_norm")
         if qk_norm not in (None, QK_NORM):
             raise CheckpointError(f"qk_norm is {qk_norm!r}; known are null and {QK_NORM!r}")
@@ -90,7 +91,8 @@ def read_transformer(data: Json, source: str) -> DiTConfig:
             mlp_ratio=float(data.get("mlp_ratio", 2.5)),
             patch_size=patch,
             qk_norm=qk_norm is not None,
-            guidance_embedding=bool(data.get("guidance_embeds", False)),
+            guidance_embedding=guided,
+            time_scale=1000.0 if guided else 1000.0 * float(data.get("timestep_scale", 1.0)),
         )
         if scale is None:
             return config
@@ -257,7 +259,7 @@ def _write_transformer(config: DiTConfig, sample_size: int) -> dict[str, Any]:
         "interpolation_scale": config.position_scale,
         "qk_norm": QK_NORM if config.qk_norm else None,
         "guidance_embeds": config.guidance_embedding,
-        "timestep_scale": 1.0,
+        "timestep_scale": config.time_scale / 1000.0,
     }
 
 

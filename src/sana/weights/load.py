@@ -8,6 +8,7 @@ over, every shape must fit. Start reading at `load`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,17 +32,19 @@ from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.models.gemma import Gemma2
 from sana.models.text import MiniLM, TextEncoder, small_tokenizer
-from sana.presets import PRESETS, preset
+from sana.presets import Preset, preset
 from sana.weights.assign import assign, meta_parameters
 from sana.weights.build import TEXT_FILE, build, build_gemma2, load_text
 from sana.weights.detect import PartKind
 from sana.weights.files import read_header
 from sana.weights.folders import transformer_files
+from sana.weights.hub import fetch, fetch_controlnet
 from sana.weights.locate import Found, find_networks, is_ours, settle
 from sana.weights.survey import Survey, our_survey, survey
 
 __all__ = ["TEXT_FILE", "assign", "load", "load_text", "meta_parameters", "transformer_files"]
 
+logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
 AUTOENCODER_FILE = "autoencoder.safetensors"
 TINY_SEED = 20240
@@ -70,8 +73,18 @@ class Where:
     text: torch.dtype
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a model lies: its folder or file, and what is known of it besides."""
+
+    path: Path
+    like: Preset | None = None
+    """The official model that it is."""
+    controlnet: Path | None = None
+
+
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Place,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -81,23 +94,23 @@ def load(
 ) -> Components:
     """Load a model by preset name, from a folder of ours or diffusers', or from a single file.
 
+    An official model is fetched, unless `find_model` has already been asked for it.
     `variant` chooses between weights in a diffusers folder; by default the one that suits `dtype`.
     `reference` chooses the convention (docs/models.md); by default the one of the training. Gemma-2
     overflows in fp16 and is then kept in bf16. `where` decides device and dtypes anew once the
     config is known. Raises `RequestError` for a name without weights and `CheckpointError` for
     files that are missing, unreadable, or do not fit together.
     """
-    if str(name_or_path) in PRESETS and PRESETS[str(name_or_path)].source == "random":
-        config = preset(str(name_or_path)).config
+    place = name_or_path if isinstance(name_or_path, Place) else find_model(name_or_path)
+    if isinstance(place, str):
+        config = preset(place).config
         return _make_tiny(config, _settled(config, device, dtype, where))
-    path = find_folder(name_or_path)
-    if path.is_dir() and is_ours(path):
-        found = our_survey(path)
-        config = with_reference(found.config, reference) if reference else found.config
-        _require_one_model(found, path)
-    else:
-        found = survey(path, variant=variant, dtype=_name(dtype), reference=reference)
-        config = found.config
+    found = _look(place, variant, _name(dtype), reference)
+    config = with_reference(found.config, reference) if reference else found.config
+    if "controlnet" in found.networks:
+        network = found.networks["controlnet"]
+        its = cast(ControlNetConfig, settle(network))
+        config = replace(config, controlnet=_fit_to_base(its, config.dit, network.source))
     at = _settled(config, device, dtype, where)
     networks = found.networks
     controlnet = None
@@ -107,10 +120,43 @@ def load(
         config=config,
         dit=build(networks["transformer"], config.dit, at.device, at.dit),
         autoencoder=build(networks["autoencoder"], config.autoencoder, at.device, at.autoencoder),
-        text=_load_text_of(found, config.reference, path, at.device, at.text),
+        text=_load_text_of(found, config.reference, place.path, at.device, at.text),
         header={**found.header, "config": to_json(config)},
         controlnet=controlnet,
     )
+
+
+def find_model(name_or_path: str | Path, *, is_offline: bool = False) -> Place | str:
+    """Where a model is: at a path, in the package, or on the hub, from where it is fetched.
+
+    `is_offline` takes an official model from the cache alone. A model that is made from a seed is
+    nowhere: its name comes back.
+    """
+    known = None if _is_path(name_or_path) else preset(str(name_or_path))
+    if known is not None and known.source == "random":
+        return str(name_or_path)
+    if known is None or known.folder is None:
+        return Place(path=find_folder(name_or_path))
+    path = fetch(known, is_offline=is_offline, report=logger.warning)
+    if known.control_source is None:
+        return Place(path=path, like=known)
+    beside = fetch_controlnet(known, is_offline=is_offline, report=logger.warning)
+    return Place(path=path, like=known, controlnet=beside)
+
+
+def _look(place: Place, variant: str | None, dtype: str, reference: Reference | None) -> Survey:
+    if place.path.is_dir() and is_ours(place.path):
+        found = our_survey(place.path)
+        _require_one_model(found, place.path)
+    else:
+        found = survey(
+            place.path, like=place.like, variant=variant, dtype=dtype, reference=reference
+        )
+    if place.controlnet is None:
+        return found
+    networks = dict(found.networks)
+    networks["controlnet"] = _only(place.controlnet, "controlnet", torch.float32)
+    return replace(found, networks=networks)
 
 
 def _settled(
@@ -196,14 +242,13 @@ def load_gemma2(
 def find_folder(name_or_path: str | Path) -> Path:
     """The folder of a named model's shipped weights, or the given folder or file itself."""
     text = str(name_or_path)
-    path = Path(name_or_path)
-    if isinstance(name_or_path, Path) or "/" in text or "\\" in text or path.exists():
-        if not path.exists():
+    if _is_path(name_or_path):
+        if not Path(name_or_path).exists():
             raise CheckpointError(
                 f"{text} is not there; a model is a folder, or a file with the rest beside it; "
                 "give its path"
             )
-        return path
+        return Path(name_or_path)
     preset(text)
     folder = ASSETS / text
     if not folder.is_dir():
@@ -213,6 +258,12 @@ def find_folder(name_or_path: str | Path) -> Path:
             f"{', '.join([*shipped, 'tiny'])}; use one of them or give a folder of weights"
         )
     return folder
+
+
+def _is_path(name_or_path: str | Path) -> bool:
+    text = str(name_or_path)
+    is_written_so = isinstance(name_or_path, Path) or "/" in text or "\\" in text
+    return is_written_so or Path(text).exists()
 
 
 def _fit_to_base(config: ControlNetConfig, base: DiTConfig, path: Path) -> ControlNetConfig:

@@ -42,7 +42,7 @@ class Found:
     source: Path
     """The file or the component's folder."""
     data: Mapping[str, Any] | None = None
-    """The config.json beside it."""
+    """The config.json beside it, in a folder of diffusers' or transformers'."""
     header: Mapping[str, Any] | None = None
     """Our own header, in a file that sana wrote."""
 
@@ -193,7 +193,8 @@ def _split(place: Path, tensors: Held, metadata: Mapping[str, str]) -> list[Foun
             layout=part.layout,
             tensors=take_part(tensors, part, parts),
             source=place,
-            data=data,
+            # What lies beside NVIDIA's own files has other fields, and says nothing more.
+            data=data if part.layout == "diffusers" else None,
             header=header,
         )
         for part in parts

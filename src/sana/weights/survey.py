@@ -30,6 +30,7 @@ from sana.weights.files import read_config
 from sana.weights.folders import find_variants
 from sana.weights.locate import Found, find_networks, open_place, settle
 
+CONVERTER_SHIFT = 3.0
 NEEDED: tuple[PartKind, ...] = ("transformer", "autoencoder", "text")
 
 
@@ -67,7 +68,7 @@ def survey(
             f"{path} has no {' and no '.join(missing)} (it has {', '.join(networks)}); a picture "
             "needs all three: put them beside it, each as its file or folder"
         )
-    config = assemble(networks, root, like)
+    config = assemble(networks, root, like, reference)
     if reference is not None:
         config = with_reference(config, reference)
     origin = {kind: str(found.source) for kind, found in networks.items()}
@@ -117,7 +118,12 @@ def _add_neighbours(
             networks.setdefault(network.kind, network)
 
 
-def assemble(networks: Mapping[PartKind, Found], root: Path, like: Preset | None) -> ModelConfig:
+def assemble(
+    networks: Mapping[PartKind, Found],
+    root: Path,
+    like: Preset | None,
+    reference: Reference | None = None,
+) -> ModelConfig:
     found = networks["transformer"]
     dit = settle(found, like.config.dit if like else None)
     autoencoder = settle(networks["autoencoder"], like.config.autoencoder if like else None)
@@ -134,7 +140,7 @@ def assemble(networks: Mapping[PartKind, Found], root: Path, like: Preset | None
         dit=dit,
         autoencoder=autoencoder,
         text=_text(networks["text"]),
-        sampling=_sampling(root, base, dit),
+        sampling=_sampling(root, base, dit, reference),
         pixels=pixels,
         max_pixels=2 * pixels,
         trained_on_bins=base.config.trained_on_bins if base else True,
@@ -173,12 +179,23 @@ def _precision(found: Found) -> str | None:
     return None
 
 
-def _sampling(root: Path, base: Preset | None, dit: DiTConfig) -> SamplingConfig:
+def _sampling(
+    root: Path, base: Preset | None, dit: DiTConfig, reference: Reference | None
+) -> SamplingConfig:
+    """By the scheduler's file, except for the shift of 4 that diffusers' converter lost.
+
+    It writes 3 for every model but the 4K one, so 3 says nothing of an official model.
+    """
     default = base.config.sampling if base else SamplingConfig()
     if base is None and dit.guidance_embedding:
         default = SamplingConfig(shift=1.0, steps=2, sampler="scm", integer_times=False)
     file = root / "scheduler" / "scheduler_config.json"
-    return read_sampling(read_json(file), default, str(file)) if file.is_file() else default
+    if not file.is_file():
+        return default
+    said = read_sampling(read_json(file), default, str(file))
+    if base is not None and said.shift == CONVERTER_SHIFT and reference != "diffusers":
+        return replace(said, shift=default.shift)
+    return said
 
 
 def _text(found: Found) -> TextConfig:
