@@ -85,8 +85,8 @@ def preset(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
-    raise RequestError(f"there is no model {name!r}; it must be a known name: {hint}")
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PRESETS)}"
+    raise RequestError(f"there is no model {name!r}; {hint}")
 
 
 def _stages(
@@ -247,7 +247,7 @@ _STICKER = ModelConfig(
         mlp_width=1536,
         vocabulary=30522,
     ),
-    sampling=SamplingConfig(integer_times=False),
+    sampling=SamplingConfig(guidance=3.0, integer_times=False),
 )
 _TINY = ModelConfig(
     name="tiny",
