@@ -142,7 +142,7 @@ def test_our_models_have_the_same_parts() -> None:
 def test_unknown_names_get_the_nearest_one() -> None:
     with pytest.raises(RequestError, match="no model 'sticker512'.*did you mean 'sticker-512'"):
         preset("sticker512")
-    with pytest.raises(RequestError, match="known: sticker-512, tiny, .*sana-600m-512"):
+    with pytest.raises(RequestError, match="known are sticker-512, tiny, .*sana-600m-512"):
         preset("???")
 
 
