@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 
-from sana import __version__
 from sana.cli.again import earlier_request, earlier_threads, warn_of_changes
 from sana.cli.flags import FILES, MODEL, PICTURE, parameters
 from sana.cli.progress import Previews, Watch, open_progress
 from sana.errors import RequestError
 from sana.pipelines.images import save_png
 from sana.pipelines.memory import parse
-from sana.pipelines.reading import digests, read_pictures
+from sana.pipelines.origin import origin
+from sana.pipelines.reading import read_pictures
 from sana.request import PROMPT_LIMIT, RULES, Request
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def generate(
         task = progress.add_task(f"loading {request.model}", total=None)
         pipeline = _load(request, machine)
         request = pipeline.resolve(request, images)
-        origin = _origin(pipeline, request)
-        warn_of_changes(made, origin)
+        made_by = origin(pipeline, request)
+        warn_of_changes(made, made_by)
         singles = request.singles()
         progress.update(task, description="drawing")
         watch = Watch(progress, len(singles), previews)
@@ -117,7 +117,7 @@ def generate(
                 watch.show(pipeline, step, target)
             assert latent is not None, "a schedule has at least one step"
             [image] = pipeline.finish(single, latent, images)
-            metadata = {"request": single.model_dump(mode="json"), **origin}
+            metadata = {"request": single.model_dump(mode="json"), **made_by}
             print(save_png(image, target, metadata), flush=True)
 
 
@@ -262,19 +262,3 @@ def _previews(folder: Path | None, interval: int | None) -> Previews | None:
         return None
     _check_folder(folder)
     return Previews(folder=folder, interval=1 if interval is None else interval)
-
-
-def _origin(pipeline: Pipeline, request: Request) -> dict[str, Any]:
-    import torch
-
-    origin = {
-        "model": pipeline.config.name,
-        "weights": pipeline.fingerprint,
-        "sana": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": str(pipeline.device),
-        "dtype": pipeline.dtype,
-    }
-    files = digests(request)
-    return {**origin, "files": files} if files else origin
