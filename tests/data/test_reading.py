@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,26 @@ def test_a_caption_is_read_rightly_or_refused() -> None:
         said = {(thing.concept, thing.color): thing.count for thing in case.expected}
         assert said == truth and case.relation == scene.relation, scene.caption
     assert read > 2 * refused, (read, refused)
+
+
+def test_a_color_is_not_swallowed_by_a_synonym_or_taken_for_a_fruit() -> None:
+    circle, square, *others = WORLD.concepts
+    reader = Reader(
+        [
+            replace(circle, synonyms=("red circle",)),
+            replace(square, key="orange", label="orange", plural="oranges"),
+            replace(others[0], label="red ring", plural="red rings"),
+            *others[1:],
+        ]
+    )
+
+    def said(prompt: str) -> list[tuple[int, str | None, int]]:
+        return [(e.concept, e.color, e.count) for e in reader.read(prompt).expected]
+
+    assert said("four red circles") == [(0, "red", 4)]
+    assert said("two orange circles") == [(0, "orange", 2)]
+    assert said("an orange") == [(1, None, 1)]
+    assert said("a red ring") == [(2, None, 1)]
 
 
 @pytest.mark.parametrize(

@@ -62,27 +62,19 @@ class Reader:
         # Labels are what a prompt means first, whoever has them as synonyms.
         for index, concept in enumerate(concepts):
             self.names[concept.plural.lower()] = self.names[concept.label.lower()] = index
+        self.labels = {name.lower() for c in concepts for name in (c.label, c.plural)}
         nouns = "|".join(map(re.escape, sorted(self.names, key=len, reverse=True)))
         colors, numbers = "|".join(COLORS), "|".join(_NUMBERS)
         self._thing = re.compile(
-            rf"\b(?:(?P<count>{numbers}) )?(?:(?P<color>{colors})(?:[- ]colored)? )??"
+            rf"\b(?:(?P<count>{numbers}) )?(?:(?P<color>{colors})(?:[- ]colored)? )?"
             rf"(?P<noun>{nouns})\b(?! background| gradient)"
         )
 
     def read(self, prompt: str) -> PromptCase:
         """What a picture of `prompt` must show; `RequestError` where a word is not understood."""
         text = " ".join(prompt.lower().rstrip(" .!").replace(",", " , ").split())
-        text = _without_place(text.removeprefix("you can see "))
-        things = [
-            _Thing(
-                concept=self.names[match["noun"]],
-                color=match["color"],
-                count=_NUMBERS[match["count"]] if match["count"] else 1,
-                start=match.start(),
-                end=match.end(),
-            )
-            for match in self._thing.finditer(text)
-        ]
+        text = _without_place(text.replace("you can see ", ""))
+        things = [self._read(match) for match in self._thing.finditer(text)]
         if not 1 <= len(things) <= 2:
             raise _unreadable(prompt, f"it names {len(things)} things of the sticker world")
         between = text[things[0].end : things[1].start] if len(things) == 2 else ""
@@ -96,6 +88,19 @@ class Reader:
         if unknown:
             raise _unreadable(prompt, f"the word {unknown[0]!r} is not understood")
         return _case(prompt, things, relation)
+
+    def _read(self, match: re.Match[str]) -> _Thing:
+        """A colour before a noun is its colour, unless both together are a label: "red heart"."""
+        color, noun = match["color"], match["noun"]
+        if color and f"{color} {noun}" in self.labels:
+            color, noun = None, f"{color} {noun}"
+        return _Thing(
+            concept=self.names[noun],
+            color=color,
+            count=_NUMBERS[match["count"]] if match["count"] else 1,
+            start=match.start(),
+            end=match.end(),
+        )
 
 
 def read_prompt(prompt: str, concepts: Sequence[Concept]) -> PromptCase:
