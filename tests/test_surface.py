@@ -91,6 +91,7 @@ def test_flags() -> None:
         *("--steps", "--guidance", "--sampler", "--shift", "--guidance-interval"),
         *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
         *("--output", "-o", "--again", "--preview", "--preview_interval"),
+        *("--best_of", "--judge", "--judge_model", "--drafts", "--keep"),
         *("--device", "--dtype", "--memory", "--offline", "--threads"),
     ]
     assert flags(info) == ["TARGET", "--models"]

@@ -12,12 +12,14 @@ import os
 import re
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 
 from sana.cli.again import earlier_request, earlier_threads, warn_of_changes
+from sana.cli.choosing import Choosing, Hunt
 from sana.cli.flags import FILES, MODEL, PICTURE, parameters
 from sana.cli.progress import Previews, Watch, open_progress
 from sana.errors import RequestError
@@ -28,7 +30,9 @@ from sana.pipelines.reading import read_pictures
 from sana.request import PROMPT_LIMIT, RULES, Request
 
 if TYPE_CHECKING:
-    from sana.pipelines.pipeline import Pipeline
+    from PIL.Image import Image
+
+    from sana.pipelines.pipeline import Pictures, Pipeline
 
 DEFAULT_NAME = "sana-{slug}-{seed}.png"
 PLACEHOLDERS = ("seed", "slug")
@@ -91,7 +95,7 @@ def generate(
 
     Without --output a picture goes to ./sana-{slug}-{seed}.png; no file is ever replaced.
     """
-    parts = {part.name: fields.pop(part.name, None) for part in dataclasses.fields(Machine)}
+    parts, choosing = _taken(fields, Machine), Choosing(**_taken(fields, Choosing))
     given = {name: value for name, value in fields.items() if value is not None}
     if prompt is not None:
         given["prompt"] = _read_stdin() if prompt == "-" else prompt
@@ -99,7 +103,9 @@ def generate(
     request = Request(**given)
     images = read_pictures(request)
     machine = _checked(Machine(**parts), made)
-    targets = _targets(output, request)
+    search = choosing.search()
+    keep = None if search is None else search.keep
+    targets = _targets(output, request, keep)
     previews = _previews(preview, preview_interval)
     with open_progress() as progress:
         task = progress.add_task(f"loading {request.model}", total=None)
@@ -107,28 +113,60 @@ def generate(
         request = pipeline.resolve(request, images)
         made_by = origin(pipeline, request)
         warn_of_changes(made, made_by)
-        singles = request.singles()
+        if search is not None:
+            judge = choosing.load(str(pipeline.device))
+            target_of = partial(_target_of_seed, output, request, search.keep)
+            hunt = Hunt(pipeline, judge, search, progress, previews, target_of)
+            _write_chosen(hunt, request, images, made_by)
+            return
         progress.update(task, description="drawing")
-        watch = Watch(progress, len(singles), previews)
-        for single, target in zip(singles, targets, strict=True):
-            latent = None
-            for step in pipeline.steps(single, images):
-                latent = step.latent
-                watch.show(pipeline, step, target)
-            assert latent is not None, "a schedule has at least one step"
-            [image] = pipeline.finish(single, latent, images)
-            metadata = {"request": single.model_dump(mode="json"), **made_by}
-            print(save_png(image, target, metadata), flush=True)
+        watch = Watch(progress, len(targets), previews)
+        for single, target in zip(request.singles(), targets, strict=True):
+            image = _draw(pipeline, single, images, watch, target)
+            _write(image, target, single, made_by)
+
+
+def _write(image: Image, target: Path, single: Request, made_by: dict[str, Any]) -> None:
+    metadata = {"request": single.model_dump(mode="json"), **made_by}
+    print(save_png(image, target, metadata), flush=True)
+
+
+def _draw(
+    pipeline: Pipeline, single: Request, images: Pictures, watch: Watch, target: Path
+) -> Image:
+    latent = None
+    for step in pipeline.steps(single, images):
+        latent = step.latent
+        watch.show(pipeline, step, target)
+    assert latent is not None, "a schedule has at least one step"
+    [image] = pipeline.finish(single, latent, images)
+    return image
+
+
+def _write_chosen(hunt: Hunt, request: Request, images: Pictures, made_by: dict[str, Any]) -> None:
+    """Search, and write what is kept, the best first; each file says who chose it."""
+    from sana.scaling import record
+
+    for candidate in hunt.chosen(request, images):
+        chosen = record(candidate, hunt.judge, hunt.search)
+        target = hunt.target(candidate.request.image_seeds[0])
+        _write(candidate.image, target, candidate.request, {**made_by, "chosen": chosen})
+
+
+def _taken(fields: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The values of `kind`'s fields, taken out of `fields`."""
+    return {part.name: fields.pop(part.name, None) for part in dataclasses.fields(kind)}
 
 
 def _with_all_flags() -> inspect.Signature:
     signature = inspect.signature(generate, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "fields"]
-    machine = [
+    more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
-        for name, hint in get_type_hints(Machine, include_extras=True).items()
+        for kind in (Choosing, Machine)
+        for name, hint in get_type_hints(kind, include_extras=True).items()
     ]
-    return inspect.Signature([own[0], *parameters(), *own[1:], *machine])
+    return inspect.Signature([own[0], *parameters(), *own[1:], *more])
 
 
 generate.__signature__ = _with_all_flags()  # type: ignore[attr-defined]
@@ -162,9 +200,12 @@ def _checked(machine: Machine, made: dict[str, Any]) -> Machine:
     return replace(machine, threads=_thread_count(machine.threads, made))
 
 
-def _targets(output: str | None, request: Request) -> list[Path]:
-    """Where each picture goes, before numbers are added to names that are taken."""
-    pattern = _pattern(output, is_alone=len(request.image_seeds) == 1)
+def _targets(output: str | None, request: Request, keep: int | None = None) -> list[Path]:
+    """Where each picture goes, before numbers are added to names that are taken.
+
+    Of a search, which keeps `keep`, it is where a picture of these seeds would go.
+    """
+    pattern = _pattern(output, is_alone=(keep or len(request.image_seeds)) == 1)
     slug = _slug(request.prompt)
     targets = [
         Path(pattern.replace("{seed}", str(seed)).replace("{slug}", slug))
@@ -173,6 +214,11 @@ def _targets(output: str | None, request: Request) -> list[Path]:
     for folder in {target.parent for target in targets}:
         _check_folder(folder)
     return targets
+
+
+def _target_of_seed(output: str | None, request: Request, keep: int, seed: int) -> Path:
+    [target] = _targets(output, request.replace(seeds=(seed,)), keep)
+    return target
 
 
 def _pattern(output: str | None, *, is_alone: bool) -> str:
