@@ -221,7 +221,7 @@ def test_the_command_writes_the_chosen_and_makes_one_again(
         (["--keep", "2"], "--keep is 2 and there is no search"),
         (["--best-of", "2"], "best_of is 2 and there is no judge; name one with --judge"),
         (["--best-of", "2", "--judge", "stiker"], "judge is 'stiker'.*did you mean sticker?"),
-        (["--best-of", "2", "--judge", "clip"], "there is no judge_model; give a folder"),
+        (["--best-of", "2", "--judge", "sticker"], "there is no judge_model; give the detector"),
     ],
 )
 def test_flags_that_do_not_fit(

@@ -27,9 +27,6 @@ CHOOSING = Group("Choose the best of many", sort_key=5.5)
 JUDGES: MappingProxyType[str, str] = MappingProxyType(
     {
         "sticker": "the detector.safetensors that `sana train sticker-detector` wrote",
-        "clip": "a folder or hub name of a CLIP model, such as openai/clip-vit-large-patch14",
-        "vlm": "a folder or hub name of an image-text-to-text model",
-        "vlm-tournament": "a folder or hub name of an image-text-to-text model",
     }
 )
 """Each judge and what its --judge-model is."""
