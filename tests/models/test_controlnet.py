@@ -13,7 +13,7 @@ from numerics import assert_detects, assert_matches
 from sana.config import ControlNetConfig, DiTConfig, Reference
 from sana.errors import CheckpointError, RequestError
 from sana.models.controlnet import Controlled, ControlNet
-from sana.models.dit import LinearDiT
+from sana.models.dit import LinearDiT, Prepared
 from sana.models.layers import mask_bias, modulate
 
 BASE = DiTConfig(width=32, depth=4, cross_heads=2, text_dim=12, latent_channels=4, head_dim=16)
@@ -141,3 +141,18 @@ def test_networks_that_do_not_belong_together_are_refused() -> None:
         Controlled(base, build(depth=4)[1], CONTROL)
     with pytest.raises(CheckpointError, match="depth is 0"):
         ControlNetConfig(dit=BASE, depth=0)
+
+
+@BOTH
+def test_prepared_texts_give_the_same_bits(reference: Reference) -> None:
+    base, controlnet = build()
+    network = Controlled(base, controlnet, CONTROL, reference=reference)
+    states = network.embed_text(TEXT, MASK)
+    expected = network(LATENT, TIME, states, MASK)
+
+    def check(prepared: tuple[Prepared, Prepared]) -> None:
+        assert torch.equal(network(LATENT, TIME, prepared, MASK), expected)
+
+    own, its = network.prepare(states, MASK)
+    check((own, its))
+    assert_detects(check, (own, replace(its, keys_values=its.keys_values[::-1])))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig, RefinerConfig
-from sana.models.dit import LinearDiT, _exact
+from sana.models.dit import LinearDiT, Prepared, _exact
 from sana.models.layers import sinusoids
 
 PLAIN = DiTConfig(width=32, depth=2, cross_heads=2, text_dim=12, latent_channels=4, head_dim=16)
@@ -300,3 +300,19 @@ def test_the_output_has_the_latents_dtype() -> None:
     inputs = Inputs(NORMED)
     inputs.latent = inputs.latent.float()
     assert inputs.run(build(NORMED, dtype=torch.bfloat16)).dtype is torch.float32
+
+
+@EVERY
+def test_a_prepared_text_gives_the_same_bits(config: DiTConfig) -> None:
+    network, inputs = build(config), Inputs(config)
+    embedded = network.embed_text(inputs.text, inputs.mask)
+    expected = inputs.run(network)
+
+    def check(prepared: Prepared) -> None:
+        got = network.denoise(inputs.latent, inputs.time, prepared, None, guidance=inputs.guidance)
+        assert torch.equal(got, expected)
+
+    prepared = network.prepare(embedded, inputs.mask)
+    check(prepared)
+    assert_detects(check, replace(prepared, bias=None))
+    assert_detects(check, replace(prepared, keys_values=prepared.keys_values[::-1]))

@@ -187,3 +187,33 @@ def test_the_prompts_mask_can_be_put_on_the_unconditional_states() -> None:
     assert network.calls[0][3].sum(1).tolist() == [3] * 6
     with pytest.raises(ValueError, match="has 3 states and the prompt's mask 7"):
         borrow_mask(text(3, 1), text(7, 2))
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.4, 0.9)])
+def test_texts_are_prepared_once_for_all_steps(interval: tuple[float, float]) -> None:
+    made: list[int] = []
+
+    def prepare(states: Tensor, mask: Tensor) -> Tensor:
+        made.append(len(mask))
+        return states.clone()
+
+    how = Guidance(scale=3.0, interval=interval)
+    plain = guided(Network(), text(4, 1), text(2, 2), how)
+    prepared = guided(Network(), text(4, 1), text(2, 2), how, prepare=prepare)
+    for time in TIMES:
+        times = time.expand(len(LATENTS))
+        assert torch.equal(prepared(LATENTS, times), plain(LATENTS, times))
+    assert made == ([6] if interval == (0.0, 1.0) else [3, 6])
+
+
+def test_sprint_prepares_once() -> None:
+    made: list[int] = []
+
+    def prepare(states: Tensor, mask: Tensor) -> Tensor:
+        made.append(len(mask))
+        return states
+
+    denoiser = distilled(Network(), text(4, 1), 4.5, prepare=prepare)
+    for time in TIMES:
+        denoiser(LATENTS, time.expand(len(LATENTS)))
+    assert made == [3]

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from sana.config import ControlNetConfig, Reference
 from sana.errors import RequestError
-from sana.models.dit import Block, LinearDiT, Residuals, Stem
-from sana.models.layers import mask_bias
+from sana.models.dit import Block, LinearDiT, Prepared, Residuals, Stem
 
 
 class ControlNet(Stem):
@@ -42,7 +41,7 @@ class ControlNet(Stem):
         self,
         latent: Tensor,
         time: Tensor,
-        embedded: Tensor,
+        embedded: Tensor | Prepared,
         mask: Tensor | None,
         *,
         control: Tensor,
@@ -52,15 +51,15 @@ class ControlNet(Stem):
         """What `LinearDiT.denoise` adds after its blocks; arguments as there.
 
         control (B, C, H, W) is the control picture's normalized latent; embedded comes from this
-        network's own `embed_text`.
+        network's own `embed_text` or `prepare`.
         """
         hint = self.control_input(self.embed_latent(control))  # (B, h, w, D)
         _, modulation = self.embed_time(time, None)
-        bias = mask_bias(mask, hint.dtype)
+        texts, bias = self.block_texts(embedded, mask)
 
         def run(x: Tensor) -> Iterator[Tensor]:
-            for block, output in zip(self.blocks, self.outputs, strict=True):
-                x = block(x, embedded, modulation, bias, hint.shape[1:3])
+            for block, output, text in zip(self.blocks, self.outputs, texts, strict=True):
+                x = block(x, text, modulation, bias, hint.shape[1:3])
                 yield scale * output(x)
 
         if reference == "nvidia":
@@ -117,11 +116,27 @@ class Controlled:
         both = (self.base.embed_text(text, mask), self.controlnet.embed_text(text, mask))
         return torch.cat(both, dim=-1)
 
+    def prepare(self, states: Tensor, mask: Tensor | None) -> tuple[Prepared, Prepared]:
+        """What the base and the ControlNet make of `embed_text`'s result, for all steps."""
+        embedded, own = (part.contiguous() for part in states.chunk(2, dim=-1))
+        return self.base.prepare(embedded, mask), self.controlnet.prepare(own, mask)
+
     def __call__(
-        self, latent: Tensor, time: Tensor, states: Tensor, mask: Tensor, /, **options: Any
+        self,
+        latent: Tensor,
+        time: Tensor,
+        states: Tensor | tuple[Prepared, Prepared],
+        mask: Tensor,
+        /,
+        **options: Any,
     ) -> Tensor:
         """Velocity, as `LinearDiT.denoise` gives it; `options` are passed on."""
-        embedded, own = (part.contiguous() for part in states.chunk(2, dim=-1))
+        embedded: Tensor | Prepared
+        own: Tensor | Prepared
+        if isinstance(states, Tensor):
+            embedded, own = (part.contiguous() for part in states.chunk(2, dim=-1))
+        else:
+            embedded, own = states
         is_active = self._is_active(time)
         if is_active is not None and not bool(is_active.any()):
             return self.base.denoise(latent, time, embedded, mask, **options)

@@ -12,7 +12,8 @@ Start at `LinearDiT.denoise`; precision is decided in `layers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -39,8 +40,20 @@ Residuals: TypeAlias = Callable[[int, Tensor], Tensor]
 """(number of blocks done, tokens [B,N,D]) -> tokens for the next block, or for the output."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """All that the blocks make of a text, which no step changes; `prepare` makes it once."""
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    """For each block, keys and values (B, H, T, D / H)."""
+    bias: Tensor | None
+    """From `mask_bias`."""
+
+
 class Stem(nn.Module):
     """What stands before the blocks: patches and positions, time, text; ControlNet has a copy."""
+
+    blocks: nn.ModuleList
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -64,6 +77,22 @@ class Stem(nn.Module):
         embedded = self.text_output(F.gelu(self.text_input(text), approximate="tanh"))
         normed: Tensor = self.text_norm(embedded)
         return normed
+
+    def prepare(self, embedded: Tensor, mask: Tensor | None) -> Prepared:
+        """What the blocks make of `embed_text`'s result: for `denoise` in its place, every step."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return Prepared(
+            keys_values=tuple(block.cross_attention.prepare(embedded) for block in blocks),
+            bias=mask_bias(mask, embedded.dtype),
+        )
+
+    def block_texts(
+        self, text: Tensor | Prepared, mask: Tensor | None
+    ) -> tuple[Sequence[Tensor | tuple[Tensor, Tensor]], Tensor | None]:
+        """What each block reads, and the bias on its scores, prepared or not."""
+        if isinstance(text, Prepared):
+            return text.keys_values, text.bias
+        return [text] * len(self.blocks), mask_bias(mask, text.dtype)
 
     def embed_latent(self, latent: Tensor) -> Tensor:
         """Latent (B, C, H, W) -> tokens with their positions (B, h, w, D)."""
@@ -144,7 +173,7 @@ class LinearDiT(Stem):
         self,
         latent: Tensor,
         time: Tensor,
-        embedded: Tensor,
+        embedded: Tensor | Prepared,
         mask: Tensor | None,
         *,
         guidance: Tensor | None = None,
@@ -154,19 +183,20 @@ class LinearDiT(Stem):
     ) -> Tensor:
         """Velocity (B, C, H, W) in the latent's dtype; H and W are multiples of the patch size.
 
-        time (B,) in [0, 1], 1 = pure noise; embedded (B, T, D) from `embed_text`; mask (B, T), true
-        where a text token counts; guidance (B,) is the guidance scale, for Sprint only; residuals
-        come from a ControlNet. In `perturbed_blocks` the last `perturbed` samples attend each token
-        to itself alone (perturbed-attention guidance).
+        time (B,) in [0, 1], 1 = pure noise; embedded (B, T, D) from `embed_text`, or what `prepare`
+        made of it; mask (B, T), true where a text token counts (unread if prepared); guidance
+        (B,) is the guidance scale, for Sprint only; residuals come from a ControlNet. In
+        `perturbed_blocks` the last `perturbed` samples attend each token to itself alone
+        (perturbed-attention guidance).
         """
         x = self.embed_latent(latent)
         grid = x.shape[1:3]
         x = x.flatten(1, 2)  # (B, N, D)
         embedding, modulation = self.embed_time(time, guidance)
-        bias = mask_bias(mask, x.dtype)
-        for index, block in enumerate(self.blocks):
+        texts, bias = self.block_texts(embedded, mask)
+        for index, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
             alone = perturbed if index in perturbed_blocks else 0
-            x = block(x, embedded, modulation, bias, grid, alone)
+            x = block(x, text, modulation, bias, grid, alone)
             if residuals is not None:
                 x = residuals(index + 1, x)
         # The output's modulation takes the embedding itself, before the SiLU.
@@ -208,7 +238,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        text: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
         modulation: Tensor,
         bias: Tensor | None,
         grid: torch.Size,
@@ -216,6 +246,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, N, D), text (B, T, D), modulation (B, 6, D), bias (B, 1, 1, T), grid (h, w).
 
+        The text may be its keys and values for this block instead, from `CrossAttention.prepare`.
         In the last `perturbed` samples self-attention passes each token's own value on.
         """
         table = self.table + modulation

@@ -139,12 +139,18 @@ class CrossAttention(nn.Module):
         self.key_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
         self.output = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, N, D), text (B, T, D), bias from `mask_bias` -> (B, N, D)."""
+    def prepare(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of text (B, T, D), each (B, H, T, D / H); the same at every step."""
         key, value = self.key_value(text).chunk(2, dim=-1)
+        keys = split_heads(self.key_norm(key), self.head_dim)
+        return keys, split_heads(value, self.head_dim)
+
+    def forward(
+        self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """x (B, N, D), text (B, T, D) or from `prepare`, bias from `mask_bias` -> (B, N, D)."""
+        k, v = self.prepare(text) if isinstance(text, Tensor) else text
         q = split_heads(self.query_norm(self.query(x)), self.head_dim)
-        k = split_heads(self.key_norm(key), self.head_dim)
-        v = split_heads(value, self.head_dim)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         attended: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended

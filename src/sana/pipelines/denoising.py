@@ -46,22 +46,13 @@ def make_denoiser(
     placing.enter("denoise")
     if request.loras:
         dit = adapted(dit, [load_lora(name, dit) for name in request.loras], request.lora_scales)
-    base: LinearDiT | Controlled = dit
-    network: Any = dit.denoise
-    if control is not None:
-        assert components.controlnet is not None
-        base = network = Controlled(
-            dit,
-            components.controlnet,
-            control,
-            scale=request.control_scale,
-            reference=config.reference,
-            interval=control_interval(times, request.control_start, request.control_end),
-        )
-    network = _present(network, placing)
+    base = dit if control is None else _controlled(components, dit, request, times, control)
+    network = _present(base if isinstance(base, Controlled) else base.denoise, placing)
+    # A block that streams has its weights on the device only while it runs.
+    prepare = None if placing.plan.dit == "streams" else _present(base.prepare, placing)
     text = _embedded(components, base, encoded, "the prompt")
     if config.dit.guidance_embedding:
-        return distilled(network, text, request.guidance)
+        return distilled(network, text, request.guidance, prepare=prepare)
     if request.pag_scale:
         network = partial(network, perturbed_blocks=request.pag_blocks)
     by_scheduler = METHODS[request.sampler].takes_integer_times
@@ -75,6 +66,7 @@ def make_denoiser(
             interval=request.guidance_interval or (0.0, 1.0),
         ),
         integer_times=config.tells_integer_times(by_scheduler=by_scheduler),
+        prepare=prepare,
     )
 
 
@@ -97,6 +89,20 @@ def control_interval(times: Tensor, start: float, end: float) -> tuple[float, fl
     # Half way to the neighbours: the network may be told a time rounded to a thousandth.
     high = 2.0 if first == 0 else (grid[first - 1] + grid[first]) / 2
     return (grid[last] + grid[last + 1]) / 2, high
+
+
+def _controlled(
+    components: Components, dit: LinearDiT, request: Any, times: Tensor, control: Tensor
+) -> Controlled:
+    assert components.controlnet is not None
+    return Controlled(
+        dit,
+        components.controlnet,
+        control,
+        scale=request.control_scale,
+        reference=components.config.reference,
+        interval=control_interval(times, request.control_start, request.control_end),
+    )
 
 
 def _present(network: Any, placing: Placing) -> Any:

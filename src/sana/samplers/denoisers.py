@@ -4,14 +4,15 @@ A denoiser closes over any callable network(latent, time, text, mask); the sampl
 velocities. Guidance w gives v = v_u + w (v_c - v_u) (papers.md 2.4); perturbed-attention guidance
 (arXiv 2403.17377) adds p (v_c - v_p), where v_p comes from a network whose self-attention is
 switched off in some blocks. All parts go in one call of the network, unconditional first, perturbed
-last, their texts padded to one length.
+last, their texts padded to one length, and joined (and prepared, where the network can) once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,8 +25,13 @@ Network: TypeAlias = Callable[..., Tensor]
 """(latent [B,C,h,w], time [B], text [B,T,W], mask [B,T]) -> velocity [B,C,h,w].
 
 With perturbation it also takes `perturbed`, how many samples at the end to perturb, and for Sprint
-`guidance` [B].
+`guidance` [B]. It takes what its `Prepare` made in place of the text.
 """
+Prepare: TypeAlias = Callable[[Tensor, Tensor], Any]
+"""(text [B,T,W], mask [B,T]) -> what the network makes of them at every step alike."""
+
+Joined: TypeAlias = Callable[[int], tuple[Any, Tensor]]
+"""Number of latents -> the text that the network takes for them, and its mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +70,7 @@ def guided(
     guidance: Guidance | float,
     *,
     integer_times: bool = False,
+    prepare: Prepare | None = None,
 ) -> Denoiser:
     """A denoiser with classifier-free and perturbed-attention guidance.
 
@@ -77,13 +84,15 @@ def guided(
     parts += [conditional, conditional] if how.perturbation else [conditional]
     length = max(part.mask.shape[1] for part in parts)
     parts = [_padded(part, length) for part in parts]
+    together = _joined(parts, prepare)
+    alone = _joined([conditional], prepare)
 
     def denoise(latents: Tensor, times: Tensor) -> Tensor:
         told = truncated(times) if integer_times else times
         is_inside = how.is_inside(times)
         if how.is_off or (is_inside is not None and not bool(is_inside.any())):
-            return _ask(network, latents, told, [conditional], 0)[0]
-        velocities = _ask(network, latents, told, parts, int(how.perturbation != 0))
+            return _ask(network, latents, told, alone, 0)[0]
+        velocities = _ask(network, latents, told, together, int(how.perturbation != 0))
         pushed, with_text = _combine(velocities, how)
         if is_inside is None:
             return pushed
@@ -92,20 +101,28 @@ def guided(
     return denoise
 
 
+def _joined(texts: Sequence[Text], prepare: Prepare | None) -> Joined:
+    """All of `texts` as one batch for so many latents, made when first asked for."""
+
+    @cache
+    def joined(count: int) -> tuple[Any, Tensor]:
+        rows = [_for_batch(text, count) for text in texts]
+        states = torch.cat([row.states for row in rows])
+        mask = torch.cat([row.mask for row in rows])
+        return states if prepare is None else prepare(states, mask), mask
+
+    return joined
+
+
 def _ask(
-    network: Network, latents: Tensor, told: Tensor, texts: Sequence[Text], perturbed: int
+    network: Network, latents: Tensor, told: Tensor, joined: Joined, perturbed: int
 ) -> list[Tensor]:
-    """The velocity for each of `texts`, in one call; the last `perturbed` of them perturbed."""
+    """The velocity for each joined text, in one call; the last `perturbed` of them perturbed."""
     count = len(latents)
-    rows = [_for_batch(text, count) for text in texts]
+    text, mask = joined(count)
+    copies = len(mask) // count
     options = {"perturbed": perturbed * count} if perturbed else {}
-    velocity = network(
-        latents.repeat(len(rows), 1, 1, 1),
-        told.repeat(len(rows)),
-        torch.cat([row.states for row in rows]),
-        torch.cat([row.mask for row in rows]),
-        **options,
-    )
+    velocity = network(latents.repeat(copies, 1, 1, 1), told.repeat(copies), text, mask, **options)
     return list(velocity.to(latents.dtype).split(count))
 
 
@@ -121,13 +138,15 @@ def _combine(velocities: list[Tensor], how: Guidance) -> tuple[Tensor, Tensor]:
     return pushed, with_text
 
 
-def distilled(network: Network, text: Text, guidance: float) -> Denoiser:
+def distilled(
+    network: Network, text: Text, guidance: float, *, prepare: Prepare | None = None
+) -> Denoiser:
     """A denoiser for networks that take the guidance scale as an input (Sprint): one evaluation."""
+    joined = _joined([text], prepare)
 
     def denoise(latents: Tensor, times: Tensor) -> Tensor:
-        one = _for_batch(text, len(latents))
         scale = torch.full_like(times, guidance)
-        velocity = network(latents, times, one.states, one.mask, guidance=scale)
+        velocity = network(latents, times, *joined(len(latents)), guidance=scale)
         return velocity.to(latents.dtype)
 
     return denoise
