@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,7 @@ class Found:
 
 def load(path: str | Path, world: World, device: torch.device | str = "cpu") -> Detector:
     """The detector in `path`; raises CheckpointError unless it knows the concepts of `world`."""
-    header, tensors, _ = read_file(Path(path))
-    if header.get("kind") != "detector":
-        raise CheckpointError(
-            f"{path} holds {header.get('kind', 'a model')!r}, not a detector; give the "
-            "detector.safetensors that `sana train sticker-detector` wrote"
-        )
+    network, header = read(path, device)
     known = [concept.key for concept in world.concepts]
     if header.get("concepts") != known or header.get("colors") != list(COLORS):
         raise CheckpointError(
@@ -52,10 +48,21 @@ def load(path: str | Path, world: World, device: torch.device | str = "cpu") -> 
             f"concepts, this pack is {world.version!r} with {len(known)}; the judge must know the "
             "same concepts: train it again with `sana train sticker-detector`"
         )
-    network = Detector(len(known), len(COLORS) + 1)
+    return network
+
+
+def read(path: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, dict[str, Any]]:
+    """The detector in `path`, whatever it knows, and its header, which says what that is."""
+    header, tensors, _ = read_file(Path(path))
+    if header.get("kind") != "detector":
+        raise CheckpointError(
+            f"{path} holds {header.get('kind', 'a model')!r}, not a detector; give the "
+            "detector.safetensors that `sana train sticker-detector` wrote"
+        )
+    network = Detector(len(header["concepts"]), len(header["colors"]) + 1)
     wide = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
     assign(network, wide, str(path))
-    return network.to(device).eval()
+    return network.to(device).eval(), header
 
 
 @torch.inference_mode()

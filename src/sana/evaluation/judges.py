@@ -18,12 +18,10 @@ from sana.data.stickers.reading import Reader
 from sana.data.stickers.scene import COLORS
 from sana.data.stickers.world import Concept
 from sana.errors import CheckpointError, RequestError
-from sana.evaluation.detector import Found, detect
+from sana.evaluation.detector import Found, detect, read
 from sana.evaluation.stickers import find_fault
 from sana.models.detector import Detector
 from sana.pipelines.images import to_tensor
-from sana.weights.files import read_file
-from sana.weights.load import assign
 
 
 def load_judge(name: str, source: str, device: str = "cpu") -> Any:
@@ -49,17 +47,13 @@ class StickerJudge:
     @staticmethod
     def load(path: Path, device: str = "cpu") -> StickerJudge:
         """From a detector's file alone: the words of its concepts are in the package."""
-        header, tensors, _ = read_file(path)
-        if header.get("kind") != "detector" or header.get("colors") != list(COLORS):
+        network, header = read(path, device)
+        if header["colors"] != list(COLORS):
             raise CheckpointError(
-                f"{path} holds {header.get('kind', 'a model')!r}, not a detector of these colours; "
-                "give the detector.safetensors that `sana train sticker-detector` wrote"
+                f"{path} knows the colours {', '.join(header['colors'])}, and this version other "
+                "ones; train it again with `sana train sticker-detector`"
             )
-        concepts = _concepts(header["concepts"], path)
-        network = Detector(len(concepts), len(COLORS) + 1)
-        wide = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
-        assign(network, wide, str(path))
-        return StickerJudge(network.to(device).eval(), _Words(concepts))
+        return StickerJudge(network, _Words(_concepts(header["concepts"], path)))
 
     def __call__(self, prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
         """Scores; `RequestError` for a prompt that the rules cannot read."""
