@@ -1,9 +1,9 @@
 """ReLU linear attention in Triton, forward and backward (Sana, arXiv 2410.10629, eq. 2).
 
-Forward: S = relu(k)^T v and z = sum relu(k) in fp32, one pass over the tokens in `splits` parts;
-then out = relu(q) S / (relu(q) z + eps), a second pass. Backward is two passes of the same shape.
-Nothing of size N is kept but the inputs. Inputs stay in their dtype and are multiplied with fp32
-sums, so the result is the reference's up to the order of summation.
+Forward: S = relu(k)^T v and z = sum relu(k) in fp32, one pass over the tokens in P parts; then
+out = relu(q) S / (relu(q) z + eps), a second pass. Backward is two passes of the same shape.
+Nothing of size N is kept but the inputs. Sums are fp32, and in the forward pass so are products
+(see `_exact` and `_wide`), so its result is the reference's up to the order of summation.
 
 Shape letters, as suffixes: B batch, H heads, N tokens, D head width, G = B x H, P parts.
 """
