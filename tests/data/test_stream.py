@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from numerics import assert_detects
 from sana.data.stickers.compose import Composer
+from sana.data.stickers.scene import KINDS, Kind
 from sana.data.stickers.stream import CaptionedScenes, SceneStream, random_crops
 from sana.data.stickers.tiny import tiny_world
 from sana.models.text import PromptTokenizer, small_tokenizer
@@ -22,8 +23,8 @@ COUNT, CHUNK, ITEMS = 3, 4, 20
 class Numbers:
     """Stands in for a composer: a scene is its own number."""
 
-    def draw(self, index: int, *, seed: int, split: str) -> int:
-        assert (seed, split) == (5, "train")
+    def draw(self, index: int, *, seed: int, split: str, kind: str | None) -> int:
+        assert (seed, split, kind) == (5, "train", None)
         return index
 
     def to_tensors(self, scenes: Sequence[int]) -> Tensor:
@@ -123,3 +124,14 @@ def test_crops_come_from_everywhere() -> None:
         assert (corners.min(), corners.max()) == (0, 63)
     assert not torch.equal(tops, lefts)
     assert torch.equal(random_crops(images, 1, 95, torch.Generator()), images)
+
+
+def test_kinds_are_taken_in_turn() -> None:
+    composer = Composer(tiny_world())
+
+    def check(kinds: Sequence[Kind]) -> None:
+        drawn = SceneStream(composer, count=6, seed=5, place=(1, 2), kinds=kinds).draw(1)
+        assert [scene.kind for scene in drawn] == ["scene", "sticker", "avatar"] * 2
+
+    check(KINDS)
+    assert_detects(check, ())

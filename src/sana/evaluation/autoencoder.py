@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sana.data.stickers.scene import Kind
+from sana.data.stickers.scene import KINDS
 from sana.data.stickers.stream import Studio
 from sana.models.metrics import psnr, ssim
 
 BATCH = 16
 SEED = 0x7E57
 """Of the draws; training runs use small seeds."""
-KINDS: tuple[Kind, ...] = ("scene", "sticker", "avatar")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

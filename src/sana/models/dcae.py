@@ -76,10 +76,14 @@ class DCAE(nn.Module):
         return latent / scale + mean
 
     def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        values = (self.config.latent_mean, self.config.latent_scale)
         dtype = torch.promote_types(latent.dtype, torch.float32)
-        mean, scale = (torch.tensor(v, dtype=dtype, device=latent.device) for v in values)
-        return mean[:, None, None], scale[:, None, None]
+        values = (self.config.latent_mean, self.config.latent_scale)
+        mean, scale = (torch.tensor(v, dtype=dtype)[:, None, None] for v in values)
+        if latent.is_cuda:  # A copy from pageable memory would wait for the whole stream.
+            mean, scale = (
+                x.pin_memory().to(latent.device, non_blocking=True) for x in (mean, scale)
+            )
+        return mean, scale
 
 
 class Encoder(nn.Module):

@@ -60,6 +60,8 @@ class DataConfig:
     chunk: int = 1
     """Micro-batches whose new pictures are drawn at once."""
     workers: int = 0
+    even: bool = False
+    """Scenes, stickers and avatars in equal numbers (autoencoders only)."""
     cache: str = ".data/cache"
     """Folder that keeps the pack's rasterised pictures from run to run; empty keeps none."""
     avatars: int = 0

@@ -43,8 +43,8 @@ def sticker_autoencoder() -> TrainConfig:
         optimizer=OptimizerConfig(
             kind="muon", rate=1e-3, beta2=0.99, weight_decay=0.001, warmup=200, decay=0.6
         ),
-        data=DataConfig(size=512, crop=256, batch=64, chunk=8, workers=8, avatars=5000),
-        autoencoder=AutoencoderConfig(perceptual=0.02, perceptual_crop=64, squared=4.0),
+        data=DataConfig(size=512, crop=256, batch=64, chunk=8, workers=8, avatars=5000, even=True),
+        autoencoder=AutoencoderConfig(perceptual=0.02, perceptual_crop=64, squared=25.0),
     )
 
 
@@ -71,7 +71,7 @@ def sticker_decoder() -> TrainConfig:
         recipe="sticker-decoder",
         init="runs/autoencoder/model",
         autoencoder=AutoencoderConfig(
-            phase="decoder", perceptual=0.02, perceptual_crop=64, squared=4.0, latent_noise=0.02
+            phase="decoder", perceptual=0.02, perceptual_crop=64, squared=25.0, latent_noise=0.01
         ),
     )
 

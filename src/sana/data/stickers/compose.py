@@ -18,6 +18,7 @@ from sana.data.stickers.portraits import portrait_caption
 from sana.data.stickers.render import Renderer, SceneTensors, render, to_tensors
 from sana.data.stickers.scene import (
     COLORS,
+    KINDS,
     Background,
     Dice,
     Kind,
@@ -43,7 +44,6 @@ __all__ = [
     "to_tensors",
 ]
 
-_KINDS: tuple[Kind, ...] = ("scene", "sticker", "avatar")
 _KIND_BOUNDS = tuple(accumulate((0.76, 0.11, 0.13)))
 _TRAIN_TASKS: tuple[Task, ...] = (
     "single",
@@ -118,7 +118,7 @@ class Composer:
     ) -> Scene:
         """Scene `index` of the stream named by `seed` and `split`; `kind` forces its kind."""
         dice = Dice(seed, _STREAMS[split], index)
-        drawn = dice.weighted(_KINDS, _KIND_BOUNDS)
+        drawn = dice.weighted(KINDS, _KIND_BOUNDS)
         chosen = kind or drawn
         if chosen == "avatar":
             return self._draw_avatar(dice, split)

@@ -29,6 +29,7 @@ COLORS = (
 )
 
 Kind = Literal["scene", "sticker", "avatar"]
+KINDS: tuple[Kind, ...] = ("scene", "sticker", "avatar")
 Task = Literal["single", "two", "counting", "colors", "position", "color_attribution"]
 Relation = Literal["left", "right", "above", "below"]
 Split = Literal["train", "held_out"]

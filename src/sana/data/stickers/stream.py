@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from sana.data.stickers.compose import Composer
 from sana.data.stickers.render import Renderer, SceneTensors
-from sana.data.stickers.scene import Scene
+from sana.data.stickers.scene import Kind, Scene
 from sana.data.stickers.world import World
 
 
@@ -67,14 +67,18 @@ class SceneStream(Dataset[Any]):
     chunk: int = 1
     tokenizer: Tokenizer | None = None
     tokens: int = 64
+    kinds: Sequence[Kind] = ()
+    """Taken in turn; none: as often as the composer draws each."""
 
     def draw(self, number: int) -> list[Scene]:
         """The scenes of chunk `number`."""
         rank, world = self.place
         first = (number * world + rank) * self.count
-        return [
-            self.composer.draw(first + j, seed=self.seed, split="train") for j in range(self.count)
-        ]
+        return [self._scene(first + j) for j in range(self.count)]
+
+    def _scene(self, index: int) -> Scene:
+        kind = self.kinds[index % len(self.kinds)] if self.kinds else None
+        return self.composer.draw(index, seed=self.seed, split="train", kind=kind)
 
     def __getitem__(self, item: int) -> SceneTensors | CaptionedScenes | None:
         number, part = divmod(item, self.chunk)
@@ -94,7 +98,9 @@ def random_crops(images: Tensor, count: int, side: int, generator: torch.Generat
     (B, 3, H, W) -> (count, 3, side, side), channels last. `generator` is on the CPU.
     """
     room = images.shape[-1] - side
-    corners = torch.randint(0, room + 1, (2, count, 1), generator=generator).to(images.device)
+    corners = torch.randint(0, room + 1, (2, count, 1), generator=generator)
+    if images.is_cuda:  # A copy from pageable memory would wait for the whole stream.
+        corners = corners.pin_memory().to(images.device, non_blocking=True)
     places = torch.arange(side, device=images.device) + corners  # (2, count, side)
     chosen = torch.arange(count, device=images.device)[:, None, None] % len(images)
     pixels = images.permute(0, 2, 3, 1)

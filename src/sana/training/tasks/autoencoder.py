@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sana.config import ModelConfig
+from sana.data.stickers.scene import KINDS
 from sana.data.stickers.stream import SceneStream, Studio, random_crops
 from sana.distributed import Place
 from sana.models.dcae import DCAE
@@ -63,6 +64,7 @@ class AutoencoderTask:
             seed=self.config.seed,
             place=(self.place.rank, self.place.world),
             chunk=self.config.data.chunk,
+            kinds=KINDS if self.config.data.even else (),
         )
 
     def warm_up(self, micro: int) -> int:
