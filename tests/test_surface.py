@@ -38,7 +38,7 @@ def test_public_names() -> None:
     assert sorted(sana.__all__) == ["Pipeline", "Request", "__version__", "load", "presets"]
     assert all(getattr(sana, name) for name in sana.__all__)
     assert list(inspect.signature(sana.load).parameters) == [
-        *("name_or_path", "device", "dtype", "memory", "offline"),
+        *("name_or_path", "device", "dtype", "memory", "offline", "batch"),
     ]
     public = [name for name in vars(sana.Pipeline) if not name.startswith("_")]
     assert public == [

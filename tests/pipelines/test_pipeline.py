@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from numerics import assert_detects
+from numerics import assert_detects, assert_matches
 from sana.errors import NumericsError, RequestError
 from sana.pipelines.pipeline import Pipeline
 from sana.request import Request
@@ -54,6 +55,43 @@ def test_steps_latents_do_not_depend_on_the_batch(pipeline: Pipeline) -> None:
     assert [(step.index, step.count) for step in alone] == [(0, 3), (1, 3), (2, 3)]
     assert torch.equal(alone[-1].latent, alone[-1].clean)
     assert alone[-1].latent.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance": 1.0},
+        {"pag_scale": 2.0},
+        {"image": "start", "strength": 0.7},
+        {"image": "start", "mask": "mask"},
+        {"control": "start"},
+    ],
+    ids=lambda changes: next(reversed(changes), "text"),
+)
+def test_groups_draw_the_same_up_to_rounding(changes: dict[str, Any]) -> None:
+    components = tiny_components("tiny-controlnet")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    images = dict.fromkeys(("start", "mask"), Image.fromarray(noise))
+    request = FOX.replace(seeds=(5, 6, 9), **changes)
+
+    def latent(batch: int, asked: Request = request) -> Tensor:
+        *_, last = Pipeline(components, batch=batch).steps(asked, images)
+        return last.latent
+
+    alone = latent(1)
+
+    def check(asked: Request) -> None:
+        for batch in (2, 3, 8):
+            assert_matches(alone, latent(batch, asked), 2e-6)  # floor 4.6e-7
+
+    check(request)
+    assert_detects(check, request.replace(seeds=(6, 5, 9)))
+
+
+def test_a_batch_must_be_one_or_more() -> None:
+    with pytest.raises(RequestError, match="batch is 0; it must be 1 or more"):
+        Pipeline(tiny_components(), batch=0)
 
 
 def test_a_b_a_gives_a_twice(pipeline: Pipeline) -> None:

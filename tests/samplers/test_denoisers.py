@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from numerics import assert_detects, assert_matches
-from sana.samplers import Guidance, Text, borrow_mask, distilled, guided, one_by_one
+from sana.samplers import Guidance, Text, borrow_mask, distilled, guided, in_groups
 
 LATENTS = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 PERTURBATION = 0.25
@@ -117,11 +117,12 @@ def test_text_for_each_latent_is_taken_as_it_is() -> None:
     assert torch.equal(network.calls[0][2], per_latent.states)
 
 
-def test_one_by_one_asks_about_one_at_a_time() -> None:
+@pytest.mark.parametrize(("size", "calls"), [(1, [1, 1, 1]), (2, [2, 1]), (5, [3])])
+def test_groups_are_asked_about_one_after_the_other(size: int, calls: list[int]) -> None:
     network = Network()
     whole = guided(network, text(4, 1), None, 1.0)
-    got = one_by_one(whole)(LATENTS, TIMES)
-    assert [len(call[0]) for call in network.calls] == [1, 1, 1]
+    got = in_groups(whole, size)(LATENTS, TIMES)
+    assert [len(call[0]) for call in network.calls] == calls
     assert torch.equal(whole(LATENTS, TIMES), got)
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sana.errors import RequestError
 from sana.pipelines import preview, start
 from sana.pipelines.control import control_pixels
 from sana.pipelines.defaults import Size
@@ -32,7 +33,7 @@ from sana.samplers import (
     Step,
     draw_noise,
     first_step,
-    one_by_one,
+    in_groups,
     run,
 )
 
@@ -59,9 +60,13 @@ class Pipeline:
         *,
         device: torch.device | str | None = None,
         memory: int | None = None,
+        batch: int = 1,
     ) -> None:
+        if batch < 1:
+            raise RequestError(f"batch is {batch}; it must be 1 or more: 1 draws one by one")
         self.components = components
         self.config = components.config
+        self._batch = batch
         self._dtype = components.dit.output.weight.dtype
         self._projection: preview.Projection | None = None
         self._placing = Placing(components, device or components.dit.output.weight.device, memory)
@@ -164,10 +169,11 @@ class Pipeline:
     def _prepare(self, plan: Plan) -> MemoryPlan:
         request: Any = plan.request
         second = 0 if self.config.dit.guidance_embedding or request.guidance == 1 else 1
+        together = min(self._batch, len(request.image_seeds))
         canvas = Canvas(
             width=plan.drawn[1],
             height=plan.drawn[0],
-            batch=1 + second + (1 if request.pag_scale else 0),
+            batch=together * (1 + second + (1 if request.pag_scale else 0)),
             encodes=plan.image is not None or plan.control is not None,
         )
         return self._placing.prepare(canvas)
@@ -192,8 +198,8 @@ class Pipeline:
             if request.strength < 1:
                 latent = torch.lerp(clean, latent, times[0].item())
         control = self._control(plan)
-        denoiser = one_by_one(
-            make_denoiser(self.components, self._placing, request, times, control)
+        denoiser = in_groups(
+            make_denoiser(self.components, self._placing, request, times, control), self._batch
         )
         if clean is not None and plan.mask is not None:
             denoiser = start.held(denoiser, clean, start.kept(plan.mask, latent))
@@ -223,13 +229,15 @@ def load(
     dtype: torch.dtype | None = None,
     memory: int | str | None = None,
     offline: bool = False,
+    batch: int = 1,
 ) -> Pipeline:
     """A pipeline with the weights of a preset or a folder; raises as `weights.load.load` does.
 
     By default on CUDA where there is one, else the CPU, and in the dtypes that suit the model and
     the device; a `dtype` that would break the model is corrected with a warning. `memory`, in bytes
     or such as "8GiB", is what may be taken of the device. An official model is fetched when it is
-    first used; `offline` takes it from the cache alone.
+    first used; `offline` takes it from the cache alone. `batch` is how many pictures of a request
+    are denoised at a time.
     """
     from sana.weights.load import Where, find_model
     from sana.weights.load import load as load_components
@@ -249,4 +257,4 @@ def load(
 
     found = find_model(name_or_path, is_offline=offline)
     components = load_components(found, dtype=dtype or torch.float32, where=where)
-    return Pipeline(components, device=place, memory=limit)
+    return Pipeline(components, device=place, memory=limit, batch=batch)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sana.samplers.denoisers import Guidance, Text, borrow_mask, distilled, guided, one_by_one
+from sana.samplers.denoisers import Guidance, Text, borrow_mask, distilled, guided, in_groups
 from sana.samplers.dpm import dpm
 from sana.samplers.euler import euler
 from sana.samplers.query import Denoiser, Fresh, Query, Sampler, Step, draw_noise, run
@@ -77,7 +77,7 @@ __all__ = [
     "first_step",
     "flow_times",
     "guided",
-    "one_by_one",
+    "in_groups",
     "run",
     "scm",
     "scm_times",

@@ -167,15 +167,15 @@ def borrow_mask(unconditional: Text, conditional: Text) -> Text:
     return Text(states=unconditional.states[:, :length], mask=conditional.mask)
 
 
-def one_by_one(denoiser: Denoiser) -> Denoiser:
-    """The same denoiser, asked about one latent at a time.
+def in_groups(denoiser: Denoiser, size: int) -> Denoiser:
+    """The same denoiser, asked about at most `size` latents at a time.
 
-    A matrix product's last bits depend on how many rows it has, so this is what makes a picture
-    independent of the batch around it, bit for bit.
+    A matrix product's last bits depend on how many rows it has, so groups of one are what makes a
+    picture independent of the batch around it, bit for bit; larger ones use a large device better.
     """
 
     def denoise(latents: Tensor, times: Tensor) -> Tensor:
-        pairs = zip(latents.split(1), times.split(1), strict=True)
+        pairs = zip(latents.split(size), times.split(size), strict=True)
         return torch.cat([denoiser(latent, time) for latent, time in pairs])
 
     return denoise
