@@ -12,9 +12,10 @@ from torch import Tensor
 from numerics import assert_detects, assert_matches
 from sana.config import ControlNetConfig, DiTConfig, Reference
 from sana.errors import CheckpointError, RequestError
+from sana.kernels.reference import modulate
 from sana.models.controlnet import Controlled, ControlNet
 from sana.models.dit import LinearDiT, Prepared
-from sana.models.layers import mask_bias, modulate
+from sana.models.layers import mask_bias
 
 BASE = DiTConfig(width=32, depth=4, cross_heads=2, text_dim=12, latent_channels=4, head_dim=16)
 POSITIONED = replace(BASE, position_scale=2.0, position_base=8)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig, RefinerConfig
+from sana.kernels import ops
 from sana.models.dit import LinearDiT, Prepared, _exact
 from sana.models.layers import sinusoids
 
@@ -240,7 +241,7 @@ def test_perturbed_blocks_are_the_chosen_ones() -> None:
     assert torch.equal(run((), 2), plain)
     other = build(NORMED)
     attention = other.blocks[1].attention
-    attention.forward = lambda x, perturbed=0: attention.output(attention.qkv(x).chunk(3, -1)[2])
+    attention.forward = lambda x, *_, **__: attention.output(attention.qkv(x).chunk(3, -1)[2])
     expected = torch.cat([plain[:1], inputs.run(other)[1:]])
 
     def check(blocks: tuple[int, ...]) -> None:
@@ -316,3 +317,29 @@ def test_a_prepared_text_gives_the_same_bits(config: DiTConfig) -> None:
     check(prepared)
     assert_detects(check, replace(prepared, bias=None))
     assert_detects(check, replace(prepared, keys_values=prepared.keys_values[::-1]))
+
+
+def test_the_kernels_compute_the_same_network() -> None:
+    """In triton's interpreter, or on a GPU: every op of a block but the matrix products."""
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = replace(NORMED, clamps=True)
+    inputs = Inputs(config, grid=(2, 3), batch=2)
+    network = build(config)
+    with torch.inference_mode():
+        expected = inputs.run(network).float()
+    network.float().to(device)
+
+    def check(network: LinearDiT) -> None:
+        prepared = network.prepare(
+            network.embed_text(inputs.text.float().to(device), inputs.mask.to(device)),
+            inputs.mask.to(device),
+        )
+        latent = inputs.latent.float().to(device)
+        got = network.denoise(latent, inputs.time.to(device), prepared, None)
+        assert_matches(expected, got.cpu(), 2e-6)  # floor 2.1e-7
+
+    with torch.inference_mode(), ops.force("triton"):
+        check(network)
+        network.blocks[1].feed_forward.depthwise.bias.data.mul_(1.01)
+        assert_detects(check, network)

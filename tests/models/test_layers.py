@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig
+from sana.kernels.reference import modulate
 from sana.models.layers import (
     HALF_MAX,
     CrossAttention,
@@ -22,7 +23,6 @@ from sana.models.layers import (
     RMSNorm,
     TimeEmbedding,
     mask_bias,
-    modulate,
     position_table,
     sinusoids,
 )

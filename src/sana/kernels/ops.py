@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from sana.kernels import reference
+from sana.kernels.reference import Branch, Row
 
 OLDEST = 8
 """Compute capability: older GPUs lack the tf32 and bf16 products that the kernels use."""
+
+NORM_EPS = 1e-6
+"""Of the LayerNorms between a transformer's layers, as in every Sana."""
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -56,3 +60,76 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
             out: Tensor = fast.linear_attention(q, k, v, eps)[0]
             return out
     return reference.linear_attention(q, k, v, eps=eps)
+
+
+def modulate(x: Tensor, shift: Row, scale: Row) -> Tensor:
+    """LN(x) (1 + scale) + shift of x (B, N, C); see `reference.modulate`."""
+    if not _fuses(x, *shift, *scale):
+        return reference.modulate(x, shift.sum(), scale.sum())
+    from sana.kernels import norms
+
+    normed: Tensor = norms.residual_norm(x, None, [], [*shift], [*scale], NORM_EPS, 0.0)[1]
+    return normed
+
+
+def add_branch(x: Tensor, branch: Branch) -> Tensor:
+    """x + gate * clip(value); see `reference.add_branch`."""
+    gate = branch.gate or ()
+    if not _fuses(x, branch.value, *gate):
+        return reference.add_branch(x, branch)
+    from sana.kernels import norms
+
+    limit = branch.limit or 0.0
+    total: Tensor = norms.residual_norm(x, branch.value, [*gate], [], [], NORM_EPS, limit)[0]
+    return total
+
+
+def add_and_modulate(x: Tensor, branch: Branch, shift: Row, scale: Row) -> tuple[Tensor, Tensor]:
+    """`add_branch`, and `modulate` of its result, in one pass."""
+    gate = branch.gate or ()
+    if not _fuses(x, branch.value, *gate, *shift, *scale):
+        total = reference.add_branch(x, branch)
+        return total, reference.modulate(total, shift.sum(), scale.sum())
+    from sana.kernels import norms
+
+    total, normed = norms.residual_norm(
+        x, branch.value, [*gate], [*shift], [*scale], NORM_EPS, branch.limit or 0.0
+    )
+    return total, normed
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension of (B, N, C); see `reference.rms_norm`."""
+    if x.dim() != 3 or not _fuses(x, weight):
+        return reference.rms_norm(x, weight, eps=eps)
+    from sana.kernels import norms
+
+    normed: Tensor = norms.rms_norm(x, weight, eps)
+    return normed
+
+
+def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `reference.glu_depthwise`; weight (2F, 1, 3, 3). Gives x away."""
+    if is_inference(x, weight, bias) and uses_triton(x):
+        from sana.kernels import glumbconv
+
+        if glumbconv.supports(x, weight, bias):
+            out: Tensor = glumbconv.glu_depthwise(x, weight, bias)
+            return out
+    # One name, so that no map of 2F channels outlives its use.
+    x = reference.silu_depthwise(x, weight, bias)
+    return reference.gated(x)
+
+
+def is_inference(*tensors: Tensor) -> bool:
+    """Whether no gradient can be asked of a result of these."""
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _fuses(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels of `norms` take this: forward only, one dtype, widths they know."""
+    if not (is_inference(x, *others) and uses_triton(x)):
+        return False
+    from sana.kernels import norms
+
+    return norms.supports(x, *others)

@@ -1,16 +1,39 @@
 """The definition of correct for every kernel: plain PyTorch, written to be read.
 
-ReLU linear attention of Sana (eq. 2 of the paper) in O(N) and in its quadratic form. Shape letters:
-B batch, H heads, N tokens, D head width.
+ReLU linear attention of Sana (eq. 2 of the paper) in O(N) and in its quadratic form, the norms and
+the modulation between the layers, and the middle of the mix-FFN. Shape letters: B batch, H heads,
+N tokens, D head width, C channels, F mix-FFN width.
 
 Precision: sums over tokens run in fp32 (fp64 for fp64 inputs) whatever autocast says, because the
-denominator is a sum of N non-negative terms and bf16 loses its small ones.
+denominator is a sum of N non-negative terms and bf16 loses its small ones; so do those of RMSNorm.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+class Row(NamedTuple):
+    """One row of adaLN-single: a block's own (C,) and the time's (B, C), which are summed."""
+
+    table: Tensor
+    time: Tensor
+
+    def sum(self) -> Tensor:
+        """(B, 1, C), to meet tokens (B, N, C)."""
+        return (self.table + self.time)[:, None]
+
+
+class Branch(NamedTuple):
+    """A branch (B, N, C) on its way to the residual: times its gate, clipped to +-limit before."""
+
+    value: Tensor
+    gate: Row | None = None
+    limit: float | None = None
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
@@ -34,6 +57,44 @@ def quadratic_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tenso
         scores = q.to(dtype).relu() @ k.to(dtype).relu().transpose(-1, -2)  # (B, H, N, N)
         weights = scores / (scores.sum(dim=-1, keepdim=True) + eps)
         return (weights @ v.to(dtype)).to(v.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Adaptive LayerNorm without learned affine: LN(x) (1 + scale) + shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def add_branch(x: Tensor, branch: Branch) -> Tensor:
+    """x + gate * clip(value)."""
+    value = branch.value
+    if branch.limit is not None:
+        value = value.clamp(-branch.limit, branch.limit)
+    return x + (value if branch.gate is None else branch.gate.sum() * value)
+
+
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float) -> Tensor:
+    """x / rms(x) * weight + bias over the last dimension, in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight
+    return (wide if bias is None else wide + bias).to(x.dtype)
+
+
+def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """value * silu(gate), the halves of `silu_depthwise`: x (B, h, w, 2F) -> (B, h, w, F)."""
+    return gated(silu_depthwise(x, weight, bias))
+
+
+def silu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """depthwise3x3(silu(x)) + bias, channels last; without gradients x is overwritten."""
+    x = F.silu(x, inplace=not torch.is_grad_enabled())
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
+    return x.permute(0, 2, 3, 1)
+
+
+def gated(x: Tensor) -> Tensor:
+    """(..., 2F) -> (..., F): the first half times the SiLU of the second."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.silu(gate)
 
 
 def _autocast_kind(x: Tensor) -> str:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import DiTConfig
+from sana.kernels import ops
+from sana.kernels.reference import Branch, Row
 from sana.models.layers import (
     CrossAttention,
     GLUMBConv,
@@ -29,7 +31,6 @@ from sana.models.layers import (
     RMSNorm,
     TimeEmbedding,
     mask_bias,
-    modulate,
     position_table,
 )
 from sana.models.refiner import Refiner
@@ -48,6 +49,13 @@ class Prepared:
     """For each block, keys and values (B, H, T, D / H)."""
     bias: Tensor | None
     """From `mask_bias`."""
+
+
+class Open(NamedTuple):
+    """Tokens (B, N, D) and what is still to be added to them, so that a norm can do both."""
+
+    x: Tensor
+    branch: Branch
 
 
 class Stem(nn.Module):
@@ -194,14 +202,18 @@ class LinearDiT(Stem):
         x = x.flatten(1, 2)  # (B, N, D)
         embedding, modulation = self.embed_time(time, guidance)
         texts, bias = self.block_texts(embedded, mask)
+        is_open = residuals is None and not torch.is_grad_enabled() and ops.uses_triton(x)
+        whole: Tensor | Open = x
+        del x
         for index, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
             alone = perturbed if index in perturbed_blocks else 0
-            x = block(x, text, modulation, bias, grid, alone)
+            whole = block(whole, text, modulation, bias, grid, alone, is_open=is_open)
             if residuals is not None:
-                x = residuals(index + 1, x)
+                assert isinstance(whole, Tensor)
+                whole = residuals(index + 1, whole)
         # The output's modulation takes the embedding itself, before the SiLU.
-        shift, scale = (self.table + embedding[:, None]).chunk(2, dim=1)
-        x = self.output(modulate(x, shift, scale))
+        _, x = normed(whole, *(Row(own, embedding) for own in self.table))
+        x = self.output(x)
         return self._unpatch(torch.unflatten(x, 1, grid)).to(latent.dtype)
 
     def _unpatch(self, x: Tensor) -> Tensor:
@@ -237,22 +249,40 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Open,
         text: Tensor | tuple[Tensor, Tensor],
         modulation: Tensor,
         bias: Tensor | None,
         grid: torch.Size,
         perturbed: int = 0,
-    ) -> Tensor:
+        *,
+        is_open: bool = False,
+    ) -> Tensor | Open:
         """x (B, N, D), text (B, T, D), modulation (B, 6, D), bias (B, 1, 1, T), grid (h, w).
 
         The text may be its keys and values for this block instead, from `CrossAttention.prepare`.
-        In the last `perturbed` samples self-attention passes each token's own value on.
+        In the last `perturbed` samples self-attention passes each token's own value on. With
+        `is_open` the last sum is left to whoever reads the result.
         """
-        table = self.table + modulation
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)
-        x = x + gate * self.attention(modulate(x, shift, scale), perturbed)
-        x = x + self.cross_attention(x, text, bias)
-        mixed = torch.unflatten(modulate(x, shift_mlp, scale_mlp), 1, grid)
-        branch: Tensor = self.feed_forward(mixed).flatten(1, 2)
-        return x + gate_mlp * branch
+        rows = [Row(own, time) for own, time in zip(self.table, modulation.unbind(1), strict=True)]
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows
+        x, mixed = normed(x, shift, scale)
+        # Branches have no names here, so that none outlives its sum.
+        x = ops.add_branch(x, self._attend(mixed, gate, perturbed))
+        x, mixed = normed(
+            Open(x, Branch(self.cross_attention(x, text, bias))), shift_mlp, scale_mlp
+        )
+        branch: Tensor = self.feed_forward(torch.unflatten(mixed, 1, grid)).flatten(1, 2)
+        result = Open(x, Branch(branch, gate_mlp))
+        return result if is_open else ops.add_branch(*result)
+
+    def _attend(self, mixed: Tensor, gate: Row, perturbed: int) -> Branch:
+        attended = self.attention(mixed, perturbed, clips=False)
+        return Branch(attended, gate, self.attention.limit(attended.dtype))
+
+
+def normed(x: Tensor | Open, shift: Row, scale: Row) -> tuple[Tensor, Tensor]:
+    """The tokens, summed if they were open, and their adaptive LayerNorm."""
+    if isinstance(x, Open):
+        return ops.add_and_modulate(*x, shift, scale)
+    return x, ops.modulate(x, shift, scale)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import DiTConfig
+from sana.kernels import ops
 from sana.kernels.ops import linear_attention
 
 SINUSOIDS = 256
@@ -34,9 +35,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * self.weight).to(x.dtype)
+        return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
 class TimeEmbedding(nn.Module):
@@ -84,11 +83,9 @@ class GLUMBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
-        # One name for all of it, so that no map of 2F channels outlives its use.
-        x = F.silu(self.expand(x), inplace=not torch.is_grad_enabled())
-        x = self.depthwise(x.permute(0, 3, 1, 2))  # (B, 2F, h, w), channels-last memory
-        value, gate = x.permute(0, 2, 3, 1).chunk(2, dim=-1)
-        projected: Tensor = self.project(value * F.silu(gate))
+        assert self.depthwise.bias is not None
+        mixed = ops.glu_depthwise(self.expand(x), self.depthwise.weight, self.depthwise.bias)
+        projected: Tensor = self.project(mixed)
         return projected
 
 
@@ -111,8 +108,15 @@ class LinearSelfAttention(nn.Module):
         self.key_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
         self.output = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, perturbed: int = 0) -> Tensor:
-        """(B, N, D) -> (B, N, D); in the last `perturbed` of B each token sees itself alone."""
+    def limit(self, dtype: torch.dtype) -> float | None:
+        """What a result in `dtype` is to be clipped to, if at all."""
+        return HALF_MAX if self.clamps or dtype == torch.float16 else None
+
+    def forward(self, x: Tensor, perturbed: int = 0, *, clips: bool = True) -> Tensor:
+        """(B, N, D) -> (B, N, D); in the last `perturbed` of B each token sees itself alone.
+
+        A caller that clips to `limit` itself says so.
+        """
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         seeing = len(x) - perturbed
         q = split_heads(self.query_norm(query[:seeing]), self.head_dim)
@@ -122,9 +126,8 @@ class LinearSelfAttention(nn.Module):
         if perturbed:
             mixed = torch.cat([mixed, value[seeing:]])
         attended: Tensor = self.output(mixed)
-        if self.clamps or attended.dtype == torch.float16:
-            attended = attended.clamp(-HALF_MAX, HALF_MAX)
-        return attended
+        limit = self.limit(attended.dtype)
+        return attended.clamp(-limit, limit) if clips and limit is not None else attended
 
 
 class CrossAttention(nn.Module):
@@ -170,11 +173,6 @@ def mask_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill(~mask.bool(), MASKED)[:, None, None, :]
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive LayerNorm without learned affine: LN(x) (1 + scale) + shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def sinusoids(value: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""The middle of the mix-FFN in one pass, forward only (Sana, arXiv 2410.10629, section 2.2).
+
+From the expanded map x (B, H, W, 2F): out = value * silu(gate), where value and gate are the halves
+of depthwise3x3(silu(x)) + bias. A program walks along two rows of the map, a block of channels at a
+time: it reads four rows of input once for two of output and keeps the three columns of a tap in
+registers, so that the SiLU is taken twice per value and nothing but x and out touches memory.
+Products and sums are fp32; the result is rounded once.
+
+Shape letters: B batch, H W grid, F channels of value or gate.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_F = 256
+NUM_WARPS = 4
+SEGMENT = 32
+"""Columns that one program walks along."""
+
+
+@triton.jit
+def _silu(x_ptr, h, w, H, W, F, c, end):
+    """silu of x at row h and column w, channels c < end; 0 outside, as the convolution's border."""
+    last = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), end, 0)
+    x = tl.load(x_ptr + (h * W + w) * 2 * F + c, mask=c < last, other=0.0).to(tl.float32)
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _tap(weight_ptr, c, is_inside, PLACE: tl.constexpr):
+    return tl.load(weight_ptr + c * 9 + PLACE, mask=is_inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _step(
+    x_ptr, bias, h, w, H, W, F, c, end,
+    t0, t1, t2, t3, t4, t5, t6, t7, t8, left_0, left_1, here_0, here_1,
+):  # fmt: skip
+    """Reads column w; returns what is done at w - 1 in both rows, and the sums for w and w + 1."""
+    a = _silu(x_ptr, h - 1, w, H, W, F, c, end)
+    b = _silu(x_ptr, h, w, H, W, F, c, end)
+    d = _silu(x_ptr, h + 1, w, H, W, F, c, end)
+    e = _silu(x_ptr, h + 2, w, H, W, F, c, end)
+    done_0 = left_0 + t2 * a + t5 * b + t8 * d
+    done_1 = left_1 + t2 * b + t5 * d + t8 * e
+    left_0 = here_0 + t1 * a + t4 * b + t7 * d
+    left_1 = here_1 + t1 * b + t4 * d + t7 * e
+    here_0 = bias + t0 * a + t3 * b + t6 * d
+    here_1 = bias + t0 * b + t3 * d + t6 * e
+    return done_0, done_1, left_0, left_1, here_0, here_1
+
+
+@triton.jit
+def _taps(weight_ptr, c, is_inside):
+    """The nine weights of each channel, row by row."""
+    return (
+        _tap(weight_ptr, c, is_inside, 0),
+        _tap(weight_ptr, c, is_inside, 1),
+        _tap(weight_ptr, c, is_inside, 2),
+        _tap(weight_ptr, c, is_inside, 3),
+        _tap(weight_ptr, c, is_inside, 4),
+        _tap(weight_ptr, c, is_inside, 5),
+        _tap(weight_ptr, c, is_inside, 6),
+        _tap(weight_ptr, c, is_inside, 7),
+        _tap(weight_ptr, c, is_inside, 8),
+    )
+
+
+@triton.jit
+def _glu_depthwise(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, F, SEGMENTS,
+    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Two rows of SEGMENT columns of BLOCK_F channels.
+
+    At input column w, `l` are the sums for the output at w - 1 and `r` those for w, of value v and
+    gate g in rows 0 and 1.
+    """
+    v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    is_inside = v < F
+    g = v + F
+    h = tl.program_id(1) // SEGMENTS * 2
+    start = tl.program_id(1) % SEGMENTS * SEGMENT
+    batch = tl.program_id(2).to(tl.int64)
+    x_ptr += batch * H * W * 2 * F
+    out_ptr += batch * H * W * F
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _taps(weight_ptr, v, is_inside)
+    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _taps(weight_ptr, g, is_inside)
+    bv = tl.load(bias_ptr + v, mask=is_inside, other=0.0).to(tl.float32)
+    bg = tl.load(bias_ptr + g, mask=is_inside, other=0.0).to(tl.float32)
+    lv0, lv1, rv0, rv1 = bv, bv, bv, bv
+    lg0, lg1, rg0, rg1 = bg, bg, bg, bg
+    for step in range(SEGMENT + 2):
+        w = start + step - 1
+        value_0, value_1, lv0, lv1, rv0, rv1 = _step(
+            x_ptr, bv, h, w, H, W, F, v, F,
+            v0, v1, v2, v3, v4, v5, v6, v7, v8, lv0, lv1, rv0, rv1,
+        )  # fmt: skip
+        gate_0, gate_1, lg0, lg1, rg0, rg1 = _step(
+            x_ptr, bg, h, w, H, W, F, g, 2 * F,
+            g0, g1, g2, g3, g4, g5, g6, g7, g8, lg0, lg1, rg0, rg1,
+        )  # fmt: skip
+        is_done = (w > start) & (w <= W)
+        at = out_ptr + (h * W + w - 1) * F + v
+        out = value_0 * gate_0 * tl.sigmoid(gate_0)
+        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=v < tl.where(is_done, F, 0))
+        at += W * F
+        out = value_1 * gate_1 * tl.sigmoid(gate_1)
+        last = tl.where(is_done & (h + 1 < H), F, 0)
+        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=v < last)
+
+
+def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether the kernel takes the inputs: one dtype of at most 32 bits, a sample within 2^31."""
+    alike = x.dtype == weight.dtype == bias.dtype and x.is_floating_point()
+    return alike and x.dtype.itemsize <= 4 and x[0].numel() < 2**31
+
+
+@torch.library.custom_op("sana::glu_depthwise", mutates_args=())
+def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B, H, W, 2F), weight (2F, 1, 3, 3), bias (2F,) -> (B, H, W, F), contiguous."""
+    x, weight = x.contiguous(), weight.contiguous()
+    B, H, W, F = x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2
+    out = x.new_empty((B, H, W, F))
+    segment = min(SEGMENT, triton.next_power_of_2(W))
+    segments = triton.cdiv(W, segment)
+    _glu_depthwise[(triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)](
+        x, weight, bias, out, H, W, F, segments,
+        SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@glu_depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:3], x.shape[3] // 2))

@@ -1,0 +1,224 @@
+"""Norms with what stands around them, each in one pass over channels-last rows, forward only.
+
+Adaptive LayerNorm with the residual before it: total = x + gate * branch and
+normed = LN(total) (1 + scale) + shift (adaLN-single, PixArt-alpha, arXiv 2310.00426), where gate,
+shift and scale are each the sum of a block's row and the time's. RMSNorm with weight, bias,
+activation and residual: out = act(x / rms(x) * weight + bias) + residual. A convolution's bias with
+the activation after it. Statistics and sums are fp32; a result is rounded once.
+
+Shape letters: B batch, N tokens, C channels, M rows in all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = 16384
+"""Channels of a row, which one program holds."""
+TILE = 4096
+"""Values that one program normalizes where rows are short."""
+PLAIN, RELU, SILU = 0, 1, 2
+
+
+@triton.jit
+def _residual_norm(
+    x_ptr, branch_ptr, total_ptr, normed_ptr,
+    gate_table, gate_time, shift_table, shift_time, scale_table, scale_time,
+    N, C, eps, limit, gB, sB, cB,
+    HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of `total` and `normed`."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // N
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    x = tl.load(x_ptr + row * C + c, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        branch = tl.load(branch_ptr + row * C + c, mask=inside, other=0.0).to(tl.float32)
+        if HAS_LIMIT:
+            branch = tl.minimum(tl.maximum(branch, -limit), limit)
+        if HAS_GATE:
+            gate = tl.load(gate_table + c, mask=inside, other=0.0).to(tl.float32)
+            gate += tl.load(gate_time + batch * gB + c, mask=inside, other=0.0).to(tl.float32)
+            branch = branch * gate
+        total = (x + branch).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * C + c, total, mask=inside)
+        x = total.to(tl.float32)
+    if HAS_NORM:
+        mean = tl.sum(x, 0) / C
+        centered = tl.where(inside, x - mean, 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
+        scale = tl.load(scale_table + c, mask=inside, other=0.0).to(tl.float32)
+        scale += tl.load(scale_time + batch * cB + c, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_table + c, mask=inside, other=0.0).to(tl.float32)
+        shift += tl.load(shift_time + batch * sB + c, mask=inside, other=0.0).to(tl.float32)
+        normed = centered * rstd * (1 + scale) + shift
+        normed = normed.to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + row * C + c, normed, mask=inside)
+
+
+@triton.jit
+def _activate(x, KIND: tl.constexpr):
+    if KIND == 1:
+        x = tl.where(x > 0, x, 0.0)
+    if KIND == 2:
+        x = x * tl.sigmoid(x)
+    return x
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, M, C, eps, xM,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows; x may be a slice of wider rows, xM values apart."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    inside = (m < M)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + m[:, None] * xM + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
+    x = x * rstd[:, None] * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    x = _activate(x, KIND)
+    at = m[:, None] * C + c[None, :]
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bias_act(x_ptr, bias_ptr, count, C, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """x = act(x + bias) in place; values with the channel fastest."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + at % C, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_ptr + at, _activate(x, KIND).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("sana::residual_norm", mutates_args=())
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: list[Tensor],
+    shift: list[Tensor],
+    scale: list[Tensor],
+    eps: float,
+    limit: float,
+) -> tuple[Tensor, Tensor]:
+    """x (B, N, C) -> total and normed (B, N, C); what is not asked for has no elements.
+
+    Without `branch` there is no total, with an empty `scale` no normed, with an empty `gate` the
+    branch is added as it is. Each of gate, shift and scale is a row (C,) and one of the time
+    (B, C), to be summed. `limit` clips the branch; 0 does not.
+    """
+    x = x.contiguous()
+    B, N, C = x.shape
+    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
+    normed = torch.empty_like(x) if scale else x.new_empty(0)
+    rows = [_row(pair, x) for pair in (gate, shift, scale)]
+    block = triton.next_power_of_2(C)
+    _residual_norm[(B * N,)](
+        x, x if branch is None else branch.contiguous(), total, normed,
+        *(part for row in rows for part in row), N, C, eps, limit,
+        *(row[1].stride(0) if row[1].dim() > 1 else 0 for row in rows),
+        HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
+        HAS_NORM=bool(scale), BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return total, normed
+
+
+@residual_norm.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: list[Tensor],
+    shift: list[Tensor],
+    scale: list[Tensor],
+    eps: float,
+    limit: float,
+) -> tuple[Tensor, Tensor]:
+    whole = x.new_empty(x.shape)
+    return (
+        whole if branch is not None else x.new_empty(0),
+        x.new_empty(x.shape) if scale else x.new_empty(0),
+    )
+
+
+@torch.library.custom_op("sana::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (B, N, C), perhaps a slice of wider rows -> x / rms(x) * weight, contiguous."""
+    if not has_rows(x):
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, weight, None, None, out, eps, PLAIN)
+    return out
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("sana::rms_norm_", mutates_args={"own"})
+def rms_norm_(
+    own: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, kind: int
+) -> None:
+    """own (..., C), contiguous, becomes act(own / rms(own) * weight + bias) + residual."""
+    _launch(own, weight, bias, residual, own, eps, kind)
+
+
+@torch.library.custom_op("sana::bias_act_", mutates_args={"own"})
+def bias_act_(own: Tensor, bias: Tensor, kind: int) -> None:
+    """own (..., C), contiguous, becomes act(own + bias)."""
+    grid = (triton.cdiv(own.numel(), 2048),)
+    _bias_act[grid](own, bias, own.numel(), len(bias), KIND=kind, BLOCK=2048, num_warps=8)
+
+
+def supports(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether these kernels take x and what goes with it: one dtype of at most 32 bits."""
+    alike = all(other is None or other.dtype == x.dtype for other in others)
+    return alike and x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[-1] <= WIDEST
+
+
+def has_rows(x: Tensor) -> bool:
+    """Whether x (B, N, C) is made of dense rows at one distance."""
+    return x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    eps: float,
+    kind: int,
+) -> None:
+    C = x.shape[-1]
+    M = x.numel() // C
+    block = triton.next_power_of_2(C)
+    rows = max(1, TILE // block)
+    _rms_norm[(triton.cdiv(M, rows),)](
+        x, weight, weight if bias is None else bias, x if residual is None else residual, out,
+        M, C, eps, x.stride(-2),
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, KIND=kind,
+        ROWS=rows, BLOCK=block, num_warps=_warps(rows * block),
+    )  # fmt: skip
+
+
+def _row(pair: list[Tensor], instead: Tensor) -> list[Tensor]:
+    """Pointers for the kernel, of what is there or of anything."""
+    if not pair:
+        return [instead.view(-1), instead.view(-1)]
+    return [part if part.stride(-1) == 1 else part.contiguous() for part in pair]
+
+
+def _warps(values: int) -> int:
+    return 4 if values <= 2048 else 8 if values <= 8192 else 16

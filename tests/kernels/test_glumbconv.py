@@ -1,0 +1,75 @@
+"""The middle of the mix-FFN against its reference, in triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from numerics import assert_detects, assert_matches
+from sana.kernels import ops, reference
+
+glumbconv = pytest.importorskip("sana.kernels.glumbconv", reason="triton is made for Linux only")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(
+    batch: int, height: int, width: int, hidden: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(height * width)
+    shapes = ((batch, height, width, 2 * hidden), (2 * hidden, 1, 3, 3), (2 * hidden,))
+    return tuple(torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes)
+
+
+def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with ops.force("triton"):
+        return ops.glu_depthwise(x, weight, bias)
+
+
+# In bf16 the interpreter cuts where a GPU rounds, which doubles the error of 1.7e-3 that the
+# output's own digits leave.
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bound"),
+    [
+        ((1, 1, 1, 3), torch.float32, 1.5e-6),
+        ((2, 3, 2, 5), torch.float32, 1.5e-6),
+        ((1, 2, 3, 300), torch.float32, 1.5e-6),
+        ((1, 3, 4, 20), torch.bfloat16, 7e-3),
+    ],
+)
+def test_equals_the_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, bound: float
+) -> None:
+    x, weight, bias = draw(*shape, dtype)
+    wide = (part.double() for part in (x, weight, bias))
+    exact = reference.glu_depthwise(*wide).to(dtype)
+
+    def check(weight: Tensor) -> None:
+        got = triton(x.clone(), weight, bias)
+        assert got.is_contiguous()
+        assert_matches(exact, got, bound)
+
+    check(weight)
+    louder = weight.clone()
+    louder[:, :, 1, 1] *= 1.05
+    assert_detects(check, louder)
+
+
+def test_a_row_longer_than_a_segment_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(1, 1, 5, 6, torch.float32)
+    whole = triton(*inputs)
+    monkeypatch.setattr(glumbconv, "SEGMENT", 2)
+    assert torch.equal(whole, triton(*inputs))
+
+
+def test_a_gradient_is_left_to_the_reference() -> None:
+    x, weight, bias = draw(1, 2, 2, 3, torch.float32)
+    assert triton(x, weight.requires_grad_(), bias).requires_grad
+
+
+def test_a_compiled_caller_goes_through_the_kernel() -> None:
+    inputs = draw(1, 2, 3, 4, torch.float32)
+    compiled = torch.compile(triton, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(triton(*inputs), compiled(*inputs))

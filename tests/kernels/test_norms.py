@@ -1,0 +1,111 @@
+"""The kernels around norms against their reference, in triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from numerics import assert_detects, assert_matches
+from sana.kernels import ops, reference
+from sana.kernels.reference import Branch, Row
+
+norms = pytest.importorskip("sana.kernels.norms", reason="triton is made for Linux only")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# In bf16 the interpreter cuts where a GPU rounds, which doubles the error of 1.7e-3 that the
+# output's own digits leave.
+BOUNDS = [(torch.float32, 1.5e-6), (torch.bfloat16, 7e-3)]  # floors 1.5e-7 and 3.4e-3
+EPS = 1e-5
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+class Case:
+    """Tokens, a branch and the rows of a block, as views of wider tensors as in the network."""
+
+    def __init__(self, tokens: int, width: int, dtype: torch.dtype) -> None:
+        self.x = (draw(2, tokens, width) + 0.5).to(dtype)
+        self.branch = draw(2, tokens, width, seed=1).to(dtype)
+        self.table = draw(6, width, seed=2).to(dtype)
+        self.time = draw(2, 6, width, seed=3).to(dtype)
+
+    def rows(self, dtype: torch.dtype) -> list[Row]:
+        return [
+            Row(own, time)
+            for own, time in zip(self.table.to(dtype), self.time.to(dtype).unbind(1), strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 3), (3, 100), (5, 64)])
+def test_residual_and_norm_equal_the_reference(
+    tokens: int, width: int, dtype: torch.dtype, bound: float
+) -> None:
+    case = Case(tokens, width, dtype)
+
+    def run(kind: torch.dtype, gate: Callable[[Row], Row] = lambda row: row) -> list[Tensor]:
+        x, value = case.x.to(kind), case.branch.to(kind)
+        shift, scale, third, *_ = case.rows(kind)
+        gated = Branch(value, gate(third), 1.5)
+        total, normed = ops.add_and_modulate(x, gated, shift, scale)
+        plain = ops.add_and_modulate(x, Branch(value), shift, scale)
+        return [total, normed, *plain, ops.add_branch(x, gated), ops.modulate(x, shift, scale)]
+
+    exact = [result.to(dtype) for result in run(torch.float64)]
+
+    def check(gate: Callable[[Row], Row]) -> None:
+        with ops.force("triton"):
+            for expected, got in zip(exact, run(dtype, gate), strict=True):
+                assert_matches(expected, got, bound)
+
+    check(lambda row: row)
+    assert_detects(check, lambda row: Row(row.table, row.time + 0.05))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 3), (3, 100), (63, 8)])
+def test_rms_norm_reads_slices_of_wider_rows(
+    tokens: int, width: int, dtype: torch.dtype, bound: float
+) -> None:
+    both = draw(2, tokens, 3 * width).to(dtype)
+    weight = draw(width, seed=1).to(dtype)
+    key = both.chunk(3, dim=-1)[1]
+    exact = reference.rms_norm(key.double(), weight.double(), eps=EPS).to(dtype)
+
+    def check(weight: Tensor) -> None:
+        with ops.force("triton"):
+            got = ops.rms_norm(key, weight, eps=EPS)
+        assert got.is_contiguous()
+        assert_matches(exact, got, bound)
+
+    check(weight)
+    assert_detects(check, weight * torch.linspace(1, 1.05, width).to(weight))
+
+
+def test_a_gradient_or_another_dtype_is_left_to_the_reference() -> None:
+    x, weight = draw(1, 2, 4), draw(4, seed=1).requires_grad_()
+    with ops.force("triton"):
+        assert ops.rms_norm(x, weight, eps=EPS).requires_grad
+        mixed = ops.rms_norm(x.double(), weight, eps=EPS)
+    assert torch.equal(mixed, reference.rms_norm(x.double(), weight, eps=EPS))
+
+
+def test_a_compiled_caller_goes_through_the_kernels() -> None:
+    case = Case(3, 16, torch.float32)
+    shift, scale, gate, *_ = case.rows(torch.float32)
+
+    def call(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        with ops.force("triton"):
+            return ops.add_and_modulate(x, Branch(value, gate), shift, scale)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for expected, got in zip(
+            call(case.x, case.branch), compiled(case.x, case.branch), strict=True
+        ):
+            assert torch.equal(expected, got)
