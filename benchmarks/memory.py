@@ -131,10 +131,10 @@ def draw(case: Case, folder: Path, *, is_tiny: bool) -> dict[str, Any]:
     }
 
 
-def cold_start(folder: Path) -> dict[str, float]:
+def cold_start(folder: Path, picture: str = "cold.png") -> dict[str, float]:
     """Seconds from starting `sana generate` to its first step, and to its end."""
     line = ["generate", PROMPT, "--model", str(folder / "medium"), "--seed", "7"]
-    line += ["--output", str(folder / "cold.png")]
+    line += ["--output", str(folder / picture)]
     began = time.time()
     done = subprocess.run(
         [sys.executable, "-c", COLD_START, *line],
@@ -149,7 +149,9 @@ def cold_start(folder: Path) -> dict[str, float]:
     return {"first_step": float(first.split()[-1]) - began, "end": time.time() - began}
 
 
-def write_models(folder: Path, *, is_tiny: bool) -> None:
+def write_models(
+    folder: Path, *, is_tiny: bool, names: tuple[str, ...] = ("medium", "large")
+) -> None:
     """Two folders of one random model: `medium`, and `large` whose config draws 4096 px."""
     import torch
 
@@ -169,6 +171,8 @@ def write_models(folder: Path, *, is_tiny: bool) -> None:
     transformer = random_state(lambda: LinearDiT(medium.dit))
     autoencoder = random_state(lambda: DCAE(medium.autoencoder))
     for name, config in {"medium": medium, "large": large}.items():
+        if name not in names:
+            continue
         target = folder / name
         target.mkdir()
         header = {"config": to_json(config)}
@@ -182,7 +186,8 @@ def write_models(folder: Path, *, is_tiny: bool) -> None:
     )
     (text / "config.json").write_text(json.dumps(_gemma_json(gemma)))
     (text / "tokenizer.json").write_text(gemma_tokenizer())
-    (folder / "large" / "text").symlink_to(text, target_is_directory=True)
+    if "large" in names:
+        (folder / "large" / "text").symlink_to(text, target_is_directory=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

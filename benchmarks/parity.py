@@ -226,11 +226,14 @@ def _autoencoder_cases(config: DCAEConfig, side: int, device: torch.device) -> I
 
 
 class Networks:
-    """Ours and diffusers' in fp32 and bf16; each pair shares its tensors."""
+    """Ours and diffusers' in fp32 and bf16; each pair shares its tensors.
 
-    def __init__(self, config: DiTConfig | DCAEConfig, device: torch.device) -> None:
-        import diffusers
+    Without `has_peer`, `theirs` is empty, and diffusers need not be there.
+    """
 
+    def __init__(
+        self, config: DiTConfig | DCAEConfig, device: torch.device, *, has_peer: bool = True
+    ) -> None:
         with torch.device("meta"):
             plain = LinearDiT(config) if isinstance(config, DiTConfig) else DCAE(config)
         generator = torch.Generator(device).manual_seed(0)
@@ -239,17 +242,16 @@ class Networks:
             for name, tensor in plain.state_dict().items()
         }
         self.parameters = sum(parameter.numel() for parameter in plain.parameters())
-        data = write_network(config)
-        kind: Any = getattr(diffusers, data["_class_name"])
         self.ours: dict[torch.dtype, Any] = {}
         self.theirs: dict[torch.dtype, Any] = {}
         for dtype in (torch.float32, torch.bfloat16):
             cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
             with torch.device("meta"):
                 ours = LinearDiT(config) if isinstance(config, DiTConfig) else DCAE(config)
-                theirs = kind.from_config(data)
             self.ours[dtype] = filled(ours, cast)
-            self.theirs[dtype] = filled(theirs, from_ours(cast, "diffusers", config))
+            if has_peer:
+                theirs = filled(_peer(config), from_ours(cast, "diffusers", config))
+                self.theirs[dtype] = theirs
 
     def case(
         self,
@@ -275,6 +277,15 @@ class Networks:
             ours_bf16=lambda: ours(self.ours[narrow]),
             spoil=spoil,
         )
+
+
+def _peer(config: DiTConfig | DCAEConfig) -> Any:
+    """diffusers' network, without memory."""
+    import diffusers
+
+    data = write_network(config)
+    with torch.device("meta"):
+        return getattr(diffusers, data["_class_name"]).from_config(data)
 
 
 def random_like(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
