@@ -157,13 +157,18 @@ def test_integer_times_follow_the_config_and_the_sampler() -> None:
             components.config, sampling=sampling, reference=reference
         )
         times: list[float] = []
-        denoise = components.dit.denoise
+        denoise, embed_times = components.dit.denoise, components.dit.embed_times
+        known: dict[float, Any] = {}
 
-        def spy(latent: torch.Tensor, time: torch.Tensor, *rest: Any) -> torch.Tensor:
-            times.append(time[0].item())
-            return denoise(latent, time, *rest)
+        def embed(times: torch.Tensor, guidance: float | None) -> dict[float, Any]:
+            known.update(embed_times(times, guidance))
+            return known
 
-        components.dit.denoise = spy
+        def spy(latent: torch.Tensor, moment: Any, *rest: Any) -> torch.Tensor:
+            times.extend(time for time, own in known.items() if own is moment)
+            return denoise(latent, moment, *rest)
+
+        components.dit.embed_times, components.dit.denoise = embed, spy
         Pipeline(components).generate(FOX.replace(sampler=sampler))
         return times
 

@@ -97,9 +97,9 @@ def test_the_start_is_on_the_line_from_image_to_noise() -> None:
     seen: list[torch.Tensor] = []
     denoise = components.dit.denoise
 
-    def spy(latent: torch.Tensor, time: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(latent[:1].clone() if not seen else time[:1].clone())
-        return denoise(latent, time, *rest)
+    def spy(latent: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(latent[:1].clone())
+        return denoise(latent, *rest)
 
     components.dit.denoise = spy
     pipeline = Pipeline(components)

@@ -116,7 +116,7 @@ def residual_norm(
 
     Without `branch` there is no total, with an empty `scale` no normed, with an empty `gate` the
     branch is added as it is. Each of gate, shift and scale is a row (C,) and one of the time
-    (B, C), to be summed. `limit` clips the branch; 0 does not.
+    (B or 1, C), to be summed. `limit` clips the branch; 0 does not.
     """
     x = x.contiguous()
     B, N, C = x.shape
@@ -127,7 +127,7 @@ def residual_norm(
     _residual_norm[(B * N,)](
         x, x if branch is None else branch.contiguous(), total, normed,
         *(part for row in rows for part in row), N, C, eps, limit,
-        *(row[1].stride(0) if row[1].dim() > 1 else 0 for row in rows),
+        *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in rows),
         HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
         HAS_NORM=bool(scale), BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip

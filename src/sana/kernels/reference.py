@@ -18,13 +18,13 @@ from torch import Tensor
 
 
 class Row(NamedTuple):
-    """One row of adaLN-single: a block's own (C,) and the time's (B, C), which are summed."""
+    """One row of adaLN-single: a block's own (C,) and the time's (B or 1, C), to be summed."""
 
     table: Tensor
     time: Tensor
 
     def sum(self) -> Tensor:
-        """(B, 1, C), to meet tokens (B, N, C)."""
+        """(B or 1, 1, C), to meet tokens (B, N, C)."""
         return (self.table + self.time)[:, None]
 
 

@@ -13,14 +13,22 @@ Start reading at `ControlNet.residuals`; `controlled` joins it with its base.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sana.config import ControlNetConfig, Reference
 from sana.errors import RequestError
-from sana.models.dit import Block, LinearDiT, Prepared, Residuals, Stem
+from sana.models.dit import Block, LinearDiT, Moment, Prepared, Residuals, Stem
+
+
+class ControlledMoment(NamedTuple):
+    """A time for `Controlled`: whether the ControlNet acts then, and what both make of it."""
+
+    is_active: bool
+    base: Moment
+    own: Moment
 
 
 class ControlNet(Stem):
@@ -40,7 +48,7 @@ class ControlNet(Stem):
     def residuals(
         self,
         latent: Tensor,
-        time: Tensor,
+        time: Tensor | Moment,
         embedded: Tensor | Prepared,
         mask: Tensor | None,
         *,
@@ -54,7 +62,7 @@ class ControlNet(Stem):
         network's own `embed_text` or `prepare`.
         """
         hint = self.control_input(self.embed_latent(control))  # (B, h, w, D)
-        _, modulation = self.embed_time(time, None)
+        modulation = (time if isinstance(time, Moment) else self.embed_time(time, None)).modulation
         texts, bias = self.block_texts(embedded, mask)
 
         def run(x: Tensor) -> Iterator[Tensor]:
@@ -121,10 +129,19 @@ class Controlled:
         embedded, own = (part.contiguous() for part in states.chunk(2, dim=-1))
         return self.base.prepare(embedded, mask), self.controlnet.prepare(own, mask)
 
+    def embed_times(self, times: Tensor, guidance: float | None) -> dict[float, ControlledMoment]:
+        """See `Stem.embed_times`."""
+        mine = self.controlnet.embed_times(times, None)
+        active = dict(zip(times.tolist(), self._acts(times).tolist(), strict=True))
+        return {
+            time: ControlledMoment(active[time], base, mine[time])
+            for time, base in self.base.embed_times(times, guidance).items()
+        }
+
     def __call__(
         self,
         latent: Tensor,
-        time: Tensor,
+        time: Tensor | ControlledMoment,
         states: Tensor | tuple[Prepared, Prepared],
         mask: Tensor,
         /,
@@ -137,13 +154,20 @@ class Controlled:
             embedded, own = (part.contiguous() for part in states.chunk(2, dim=-1))
         else:
             embedded, own = states
-        is_active = self._is_active(time)
-        if is_active is not None and not bool(is_active.any()):
-            return self.base.denoise(latent, time, embedded, mask, **options)
+        told: Tensor | Moment
+        steering: Tensor | Moment
+        if isinstance(time, ControlledMoment):
+            is_active, told, steering = None, time.base, time.own
+            is_alone = not time.is_active
+        else:
+            is_active, told, steering = self._is_active(time), time, time
+            is_alone = is_active is not None and not bool(is_active.any())
+        if is_alone:
+            return self.base.denoise(latent, told, embedded, mask, **options)
         control = self.control.repeat(len(latent) // len(self.control), 1, 1, 1)
         residuals = self.controlnet.residuals(
             latent,
-            time,
+            steering,
             own,
             mask,
             control=control,
@@ -151,15 +175,18 @@ class Controlled:
             reference=self.reference,
         )
         if is_active is not None:
-            residuals = _where(is_active, residuals)
-        return self.base.denoise(latent, time, embedded, mask, residuals=residuals, **options)
+            residuals = _where(is_active.to(latent.device), residuals)
+        return self.base.denoise(latent, told, embedded, mask, residuals=residuals, **options)
 
     def _is_active(self, time: Tensor) -> Tensor | None:
         """(B, 1, 1), or None when every time is; that costs no look at the device."""
-        low, high = self.interval
-        if low <= 0 and high >= 1:
+        if self.interval[0] <= 0 and self.interval[1] >= 1:
             return None
-        return ((time >= low) & (time <= high))[:, None, None]
+        return self._acts(time)[:, None, None]
+
+    def _acts(self, time: Tensor) -> Tensor:
+        low, high = self.interval
+        return (time >= low) & (time <= high)
 
 
 def _where(is_active: Tensor, residuals: Residuals) -> Residuals:

@@ -13,7 +13,6 @@ Start at `LinearDiT.denoise`; precision is decided in `layers`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -41,8 +40,16 @@ Residuals: TypeAlias = Callable[[int, Tensor], Tensor]
 """(number of blocks done, tokens [B,N,D]) -> tokens for the next block, or for the output."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Moment(NamedTuple):
+    """What the network makes of a time, and of the guidance scale: alike for all pictures."""
+
+    embedding: Tensor
+    """(B or 1, D)."""
+    modulation: Tensor
+    """(B or 1, 6, D), for the blocks."""
+
+
+class Prepared(NamedTuple):
     """All that the blocks make of a text, which no step changes; `prepare` makes it once."""
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
@@ -109,11 +116,19 @@ class Stem(nn.Module):
             x = (x + self._position_table(x)).to(x.dtype)
         return x
 
-    def embed_time(self, time: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embedding (B, D) and the blocks' modulation (B, 6, D) from it.
+    def embed_times(self, times: Tensor, guidance: float | None) -> dict[float, Moment]:
+        """The moments of a schedule's times (S,), computed together, by their values."""
+        scale = None if guidance is None else torch.full_like(times, guidance)
+        embedding, modulation = self.embed_time(times, scale)
+        rows = zip(times.tolist(), embedding.split(1), modulation.split(1), strict=True)
+        return {time: Moment(own, six) for time, own, six in rows}
+
+    def embed_time(self, time: Tensor, guidance: Tensor | None) -> Moment:
+        """The moments of times (B,), on any device.
 
         Sprint takes its time unscaled, and the guidance scale beside it.
         """
+        time = time.to(self.modulation.weight.device)
         if self.guidance_embed is None:
             scaled = time.float() * self.config.time_scale
             is_whole = self.config.time_scale == TIME_SCALE
@@ -122,8 +137,9 @@ class Stem(nn.Module):
             if guidance is None:
                 raise ValueError("guidance is None; this network embeds the scale: pass one")
             embedding = self.time_embed(time.float())
-            embedding = embedding + self.guidance_embed(guidance.float() * GUIDANCE_SCALE)
-        return embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
+            scale = guidance.to(time.device).float() * GUIDANCE_SCALE
+            embedding = embedding + self.guidance_embed(scale)
+        return Moment(embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1)))
 
     def _position_table(self, x: Tensor) -> Tensor:
         """The table for x's grid, kept for the next call with the same grid and device."""
@@ -180,7 +196,7 @@ class LinearDiT(Stem):
     def denoise(
         self,
         latent: Tensor,
-        time: Tensor,
+        time: Tensor | Moment,
         embedded: Tensor | Prepared,
         mask: Tensor | None,
         *,
@@ -191,16 +207,18 @@ class LinearDiT(Stem):
     ) -> Tensor:
         """Velocity (B, C, H, W) in the latent's dtype; H and W are multiples of the patch size.
 
-        time (B,) in [0, 1], 1 = pure noise; embedded (B, T, D) from `embed_text`, or what `prepare`
-        made of it; mask (B, T), true where a text token counts (unread if prepared); guidance
-        (B,) is the guidance scale, for Sprint only; residuals come from a ControlNet. In
-        `perturbed_blocks` the last `perturbed` samples attend each token to itself alone
-        (perturbed-attention guidance).
+        time (B,) in [0, 1], 1 = pure noise, or one of `embed_times`; embedded (B, T, D) from
+        `embed_text`, or what `prepare` made of it; mask (B, T), true where a text token counts
+        (unread if prepared); guidance (B,) is the guidance scale, for Sprint only (unread with a
+        moment); residuals come from a ControlNet. In `perturbed_blocks` the last `perturbed`
+        samples attend each token to itself alone (perturbed-attention guidance).
         """
         x = self.embed_latent(latent)
         grid = x.shape[1:3]
         x = x.flatten(1, 2)  # (B, N, D)
-        embedding, modulation = self.embed_time(time, guidance)
+        embedding, modulation = (
+            time if isinstance(time, Moment) else self.embed_time(time, guidance)
+        )
         texts, bias = self.block_texts(embedded, mask)
         is_open = residuals is None and not torch.is_grad_enabled() and ops.uses_triton(x)
         whole: Tensor | Open = x
@@ -258,13 +276,13 @@ class Block(nn.Module):
         *,
         is_open: bool = False,
     ) -> Tensor | Open:
-        """x (B, N, D), text (B, T, D), modulation (B, 6, D), bias (B, 1, 1, T), grid (h, w).
+        """x (B, N, D), text (B, T, D), modulation (B or 1, 6, D), bias (B, 1, 1, T), grid (h, w).
 
         The text may be its keys and values for this block instead, from `CrossAttention.prepare`.
         In the last `perturbed` samples self-attention passes each token's own value on. With
         `is_open` the last sum is left to whoever reads the result.
         """
-        rows = [Row(own, time) for own, time in zip(self.table, modulation.unbind(1), strict=True)]
+        rows = list(map(Row, self.table, modulation.unbind(1)))
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows
         x, mixed = normed(x, shift, scale)
         # Branches have no names here, so that none outlives its sum.

@@ -7,6 +7,7 @@ request; the model's own weights are never touched. Start reading at `make_denoi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,16 @@ from sana.errors import RequestError
 from sana.models.controlnet import Controlled
 from sana.models.lora import adapted
 from sana.pipelines.precision import check_finite
-from sana.samplers import METHODS, Denoiser, Guidance, Text, borrow_mask, distilled, guided
+from sana.samplers import (
+    METHODS,
+    Denoiser,
+    Guidance,
+    Text,
+    borrow_mask,
+    distilled,
+    guided,
+    truncated,
+)
 from sana.weights.lora import load_lora
 
 if TYPE_CHECKING:
@@ -47,7 +57,12 @@ def make_denoiser(
     if request.loras:
         dit = adapted(dit, [load_lora(name, dit) for name in request.loras], request.lora_scales)
     base = dit if control is None else _controlled(components, dit, request, times, control)
-    network = _present(base if isinstance(base, Controlled) else base.denoise, placing)
+    by_scheduler = METHODS[request.sampler].takes_integer_times
+    integer_times = config.tells_integer_times(by_scheduler=by_scheduler)
+    told = truncated(times[:-1]) if integer_times else times[:-1]
+    scale = request.guidance if config.dit.guidance_embedding else None
+    network = _scheduled(_captured(base, components, placing), base.embed_times(told, scale))
+    network = _present(network, placing)
     # A block that streams has its weights on the device only while it runs.
     prepare = None if placing.plan.dit == "streams" else _present(base.prepare, placing)
     text = _embedded(components, base, encoded, "the prompt")
@@ -55,7 +70,6 @@ def make_denoiser(
         return distilled(network, text, request.guidance, prepare=prepare)
     if request.pag_scale:
         network = partial(network, perturbed_blocks=request.pag_blocks)
-    by_scheduler = METHODS[request.sampler].takes_integer_times
     return guided(
         network,
         text,
@@ -65,7 +79,7 @@ def make_denoiser(
             perturbation=request.pag_scale or 0.0,
             interval=request.guidance_interval or (0.0, 1.0),
         ),
-        integer_times=config.tells_integer_times(by_scheduler=by_scheduler),
+        integer_times=integer_times,
         prepare=prepare,
     )
 
@@ -103,6 +117,35 @@ def _controlled(
         reference=components.config.reference,
         interval=control_interval(times, request.control_start, request.control_end),
     )
+
+
+def _captured(
+    base: LinearDiT | Controlled, components: Components, placing: Placing
+) -> Callable[..., Tensor]:
+    """The network's call, by CUDA graphs where the memory plan has room for them.
+
+    The model's own are kept for the next request; those of a LoRA or a control picture are not.
+    """
+    graphs = placing.graphs if base is components.dit else placing.new_graphs()
+    if isinstance(base, Controlled):
+        return partial(graphs, base, base.base)
+    return partial(graphs, base.denoise, base)
+
+
+def _scheduled(network: Callable[..., Tensor], moments: Mapping[float, Any]) -> Any:
+    """The same network, told the moment of a time wherever all its samples have one that is known.
+
+    Then their guidance scale is in the moment too.
+    """
+
+    def call(latent: Tensor, time: Tensor, *texts: Any, **options: Any) -> Tensor:
+        moment = moments.get(float(time[0])) if bool((time == time[0]).all()) else None
+        if moment is None:
+            return network(latent, time, *texts, **options)
+        options.pop("guidance", None)
+        return network(latent, moment, *texts, **options)
+
+    return call
 
 
 def _present(network: Any, placing: Placing) -> Any:

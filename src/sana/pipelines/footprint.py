@@ -145,6 +145,12 @@ def dit_work(c: DiTConfig, canvas: Canvas, factor: int, width: int) -> int:
     return int(units * canvas.batch * tokens * c.width * width) + positions
 
 
+def graph_bytes(c: ModelConfig, canvas: Canvas, widths: Widths) -> int:
+    """Bytes that a CUDA graph of a step holds: the step's work, and the text for every block."""
+    texts = 2 * canvas.batch * c.text.max_tokens * c.dit.width * c.dit.depth * widths.dit
+    return texts + dit_work(c.dit, canvas, c.autoencoder.factor, widths.dit)
+
+
 def decode_work(c: DCAEConfig, width: int, height: int, value: int) -> int:
     """Bytes that decoding a picture of width x height in one piece takes; `value` bytes a value."""
     stages, pixels = c.decoder, width * height

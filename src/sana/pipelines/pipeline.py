@@ -8,7 +8,7 @@ changes: the same request gives the same pixels, whatever was drawn before or be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from sana.pipelines.footprint import Canvas
 from sana.pipelines.images import to_pil
 from sana.pipelines.memory import MemoryPlan, parse
 from sana.pipelines.placing import Placing, first_device
-from sana.pipelines.precision import announce, check_finite, choose, name
+from sana.pipelines.precision import announce, check_finite, choose, name, watch_finite
 from sana.pipelines.reading import read_pictures
 from sana.pipelines.start import Plan
 from sana.samplers import (
@@ -51,7 +51,8 @@ class Pipeline:
 
     Where `images` is None, the pictures that a request names are read from their files; otherwise
     no file is opened, and `images` holds them under those names. `device` is where it computes, by
-    default where the weights are, and `memory` how many bytes it may take there.
+    default where the weights are, and `memory` how many bytes it may take there. On CUDA, steps run
+    as CUDA graphs where the memory plan has room for them, unless `graph` is false.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         memory: int | None = None,
         batch: int = 1,
+        graph: bool = True,
     ) -> None:
         if batch < 1:
             raise RequestError(f"batch is {batch}; it must be 1 or more: 1 draws one by one")
@@ -69,7 +71,8 @@ class Pipeline:
         self._batch = batch
         self._dtype = components.dit.output.weight.dtype
         self._projection: preview.Projection | None = None
-        self._placing = Placing(components, device or components.dit.output.weight.device, memory)
+        place = device or components.dit.output.weight.device
+        self._placing = Placing(components, place, memory, uses_graphs=graph)
         components.dit.eval()
         components.autoencoder.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -203,9 +206,15 @@ class Pipeline:
         )
         if clean is not None and plan.mask is not None:
             denoiser = start.held(denoiser, clean, start.kept(plan.mask, latent))
+        check: Callable[[], None] | None = None
         for step in run(method.start(latent, times, fresh), denoiser):
+            # One step late, so that the device has the next one to do while the host looks.
+            if check is not None:
+                check()
             stage = f"the latent at step {step.index + 1} of {step.count}"
-            check_finite(step.latent, stage, self._dtype)
+            check = watch_finite(step.latent, stage, self._dtype)
+            if step.index + 1 == step.count:
+                check()
             yield step
 
     def _control(self, plan: Plan) -> Tensor | None:

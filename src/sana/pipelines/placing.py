@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sana.models.tiling import decode_bands, encode_tiled
+from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
+from sana.pipelines.graphs import Graphs, cuda_capture
 from sana.pipelines.memory import (
     CUDA_CONTEXT,
     GOOD_TILES,
@@ -43,9 +45,18 @@ class Placing:
     """The networks of `components` on `device`, in at most `limit` bytes if one is stated."""
 
     def __init__(
-        self, components: Components, device: torch.device | str, limit: int | None = None
+        self,
+        components: Components,
+        device: torch.device | str,
+        limit: int | None = None,
+        *,
+        uses_graphs: bool = True,
     ) -> None:
+        """`uses_graphs` is whether CUDA graphs may be held where there is room."""
         self.device = torch.device(device)
+        self._uses_graphs = uses_graphs and self.device.type == "cuda"
+        self._has_room = False
+        self.graphs = Graphs(None)
         self._config = components.config
         self._autoencoder = components.autoencoder
         self._limit = limit
@@ -82,7 +93,25 @@ class Placing:
             logger.info("memory: %s", chosen)
         self._offload.follow(chosen)
         self._canvas = canvas
+        self._make_room(chosen, canvas, None if limit is None else limit - reserve)
         return chosen
+
+    def new_graphs(self) -> Graphs:
+        """CUDA graphs of steps, for as long as they are held; where there is room for them."""
+        return Graphs(cuda_capture() if self._has_room else None)
+
+    def _make_room(self, chosen: MemoryPlan, canvas: Canvas, limit: int | None) -> None:
+        """Keep the transformer's graphs, have new ones, or have none, as the plan allows.
+
+        A graph holds what a step takes until it is given back, so it counts in every phase.
+        """
+        held = footprint.graph_bytes(self._config, canvas, self.widths)
+        fits = limit is None or chosen.peak + held <= limit
+        has_room = self._uses_graphs and chosen.dit == "stays" and fits
+        if has_room != self._has_room:
+            self._has_room = has_room
+            self.graphs.clear()
+            self.graphs = self.new_graphs()
 
     def enter(self, phase: Phase) -> None:
         """Have the networks of `phase` on the device; call it before each use."""
@@ -111,6 +140,7 @@ class Placing:
                     raise
                 following = left[0]
             # Only here, outside the handler, has the failed attempt let go of its tensors.
+            self.graphs.clear()
             _empty_cache(self.device)
             how = "in one piece" if tile is None else f"in {tile} px tiles"
             logger.warning("out of memory decoding %s; trying %d px tiles", how, following)

@@ -9,6 +9,7 @@ in it. A wish that would break a model is corrected, with a note. Start reading 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -97,9 +98,33 @@ def check_finite(tensor: Tensor, stage: str, dtype: torch.dtype = FP32) -> None:
 
     `dtype` is what the stage computed in, for the way out.
     """
+    watch_finite(tensor, stage, dtype)()
+
+
+def watch_finite(tensor: Tensor, stage: str, dtype: torch.dtype = FP32) -> Callable[[], None]:
+    """`check_finite` in two halves: looks now, and what is returned raises.
+
+    On a GPU it waits for `tensor` alone, and not for what was launched after it.
+    """
+    is_finite = torch.isfinite(tensor).all()
+    arrival = None
+    if is_finite.is_cuda:
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(is_finite, non_blocking=True)
+        arrival = torch.cuda.current_stream(tensor.device).record_event()
+        is_finite = answer
+
+    def check() -> None:
+        if arrival is not None:
+            arrival.synchronize()
+        if not bool(is_finite):
+            _complain(tensor, stage, dtype)
+
+    return check
+
+
+def _complain(tensor: Tensor, stage: str, dtype: torch.dtype) -> None:
     finite = torch.isfinite(tensor)
-    if bool(finite.all()):
-        return
     bad = tensor.numel() - int(finite.sum())
     way_out = "use dtype float32"
     if dtype == FP32:

@@ -89,7 +89,7 @@ def held(denoiser: Denoiser, clean: Tensor, keep: Tensor) -> Denoiser:
     """The same denoiser, but `keep` cells move straight towards `clean`: v = (x - clean) / t."""
 
     def denoise(latents: Tensor, times: Tensor) -> Tensor:
-        straight = (latents - clean) / times[:, None, None, None]
+        straight = (latents - clean) / times[:, None, None, None].to(latents.device)
         return torch.where(keep, straight, denoiser(latents, times))
 
     return denoise

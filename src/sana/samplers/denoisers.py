@@ -75,7 +75,8 @@ def guided(
     """A denoiser with classifier-free and perturbed-attention guidance.
 
     With `integer_times` the network is told trunc(1000 t) / 1000; the sampler's own times stay
-    exact. `unconditional` may be None only when the scale is 1.
+    exact. `unconditional` may be None only when the scale is 1. Times come on any device and reach
+    the network there; `run` gives them on the CPU.
     """
     how = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
     if how.scale != 1 and unconditional is None:
@@ -96,7 +97,7 @@ def guided(
         pushed, with_text = _combine(velocities, how)
         if is_inside is None:
             return pushed
-        return torch.where(is_inside[:, None, None, None], pushed, with_text)
+        return torch.where(is_inside[:, None, None, None].to(pushed.device), pushed, with_text)
 
     return denoise
 

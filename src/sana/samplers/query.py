@@ -41,7 +41,7 @@ Fresh: TypeAlias = Callable[[], Tensor]
 
 
 class Denoiser(Protocol):
-    """Velocity [B,C,h,w] of `latents` [B,C,h,w] at `times` [B]."""
+    """Velocity [B,C,h,w] of `latents` [B,C,h,w] at `times` [B], which are on the CPU."""
 
     def __call__(self, latents: Tensor, times: Tensor, /) -> Tensor: ...
 
@@ -63,9 +63,8 @@ def run(sampler: Sampler, denoiser: Denoiser) -> Iterator[Step]:
     """
     query = next(sampler)
     while True:
-        times = torch.full(
-            (len(query.latent),), query.time, dtype=query.latent.dtype, device=query.latent.device
-        )
+        # On the CPU, where they can be read without waiting for the device.
+        times = torch.full((len(query.latent),), query.time, dtype=query.latent.dtype)
         velocity = denoiser(query.latent, times)
         clean = query.latent - query.time * velocity
         try:

@@ -1,0 +1,167 @@
+"""A denoiser's steps as CUDA graphs: launched as one, so that the host never holds the device up.
+
+The first call with inputs of some shapes runs as usual, which also compiles its kernels; the next
+is captured, with memory of its own for its inputs, and from then on replayed. What a step changes
+is copied in every time, a text only when it is another one. Graphs hold device memory until
+`clear`; weights that have moved are noticed. Results are those of the same call without a graph.
+Start reading at `Graphs.__call__`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+MOST = 4
+"""Shapes that are kept at a time, the last used ones."""
+
+Capture: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""Something to compute -> what computes it again, and where its result is then."""
+
+
+@dataclass(slots=True)
+class Captured:
+    """One graph with the memory that it reads and writes."""
+
+    replay: Callable[[], None]
+    output: Tensor
+    inputs: list[Tensor]
+    given: list[weakref.ref[Tensor]]
+    """What was copied into `inputs` last."""
+    weights: tuple[int, ...]
+
+    def is_valid(self, tensors: list[Tensor], changing: int, owner: nn.Module) -> bool:
+        """Whether the weights are where they were; looked at with every new text."""
+        known = zip(self.given[changing:], tensors[changing:], strict=True)
+        return all(ref() is tensor for ref, tensor in known) or self.weights == addresses(owner)
+
+    def run(self, tensors: list[Tensor], changing: int) -> Tensor:
+        """A new tensor; the first `changing` tensors are copied always, others if not the last."""
+        for index, (tensor, place) in enumerate(zip(tensors, self.inputs, strict=True)):
+            if index < changing or self.given[index]() is not tensor:
+                place.copy_(tensor, non_blocking=True)
+                self.given[index] = weakref.ref(tensor)
+        self.replay()
+        return self.output.clone()
+
+
+class Graphs:
+    """The graphs of one network on one device; without a `capture` it is called as it is."""
+
+    def __init__(self, capture: Capture | None) -> None:
+        self._capture = capture
+        self._seen: set[Any] = set()
+        self._captured: dict[Any, Captured] = {}
+
+    def __call__(
+        self,
+        network: Callable[..., Tensor],
+        owner: nn.Module,
+        latent: Tensor,
+        time: Any,
+        *texts: Any,
+        **options: Any,
+    ) -> Tensor:
+        """network(latent, time, *texts, **options), whose weights are `owner`'s.
+
+        Tensors may be anywhere in tuples; options that are no tensors belong to the shape.
+        """
+        if self._capture is None:
+            return network(latent, time, *texts, **options)
+        changing = len(list(tensors_of((latent, time))))
+        inputs = (latent, time, texts, tuple(sorted(options.items())))
+        key = signature(inputs)
+        found = self._captured.pop(key, None)
+        tensors = list(tensors_of(inputs))
+        if found is None or not found.is_valid(tensors, changing, owner):
+            if key not in self._seen:
+                self._seen.add(key)
+                return network(latent, time, *texts, **options)
+            found = self._record(network, owner, inputs, tensors, latent.device)
+        if found is None:
+            return network(latent, time, *texts, **options)
+        self._captured[key] = found
+        while len(self._captured) > MOST:
+            del self._captured[next(iter(self._captured))]
+        return found.run(tensors, changing)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._captured.clear()
+
+    def _record(
+        self,
+        network: Callable[..., Tensor],
+        owner: nn.Module,
+        inputs: Any,
+        tensors: list[Tensor],
+        device: torch.device,
+    ) -> Captured | None:
+        """A new graph, or None, for good, where the device or the network does not allow one."""
+        assert self._capture is not None
+        places = [tensor.to(device, copy=True) for tensor in tensors]
+        own = iter(places)
+        latent, time, texts, options = replaced(inputs, own)
+        try:
+            replay, output = self._capture(lambda: network(latent, time, *texts, **dict(options)))
+        except RuntimeError as error:
+            logger.warning("no CUDA graph of a step (%s); steps run one operation at a time", error)
+            self._capture = None
+            self.clear()
+            return None
+        given = [weakref.ref(tensor) for tensor in tensors]
+        return Captured(replay, output, places, given, addresses(owner))
+
+
+def cuda_capture() -> Capture:
+    """Captures for the current CUDA device; they share memory, so only one may run at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = call()
+        return graph.replay, output
+
+    return capture
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """The tensors in tuples of tuples, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple):
+        for part in tree:
+            yield from tensors_of(part)
+
+
+def replaced(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same tree with other tensors."""
+    if isinstance(tree, Tensor):
+        return next(tensors)
+    if not isinstance(tree, tuple):
+        return tree
+    parts = [replaced(part, tensors) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def signature(tree: Any) -> Any:
+    """Hashable, equal for trees that one graph serves: shapes and dtypes for tensors."""
+    if isinstance(tree, Tensor):
+        return (tuple(tree.shape), tree.dtype)
+    if isinstance(tree, tuple):
+        return (type(tree), *map(signature, tree))
+    return tree
+
+
+def addresses(owner: nn.Module) -> tuple[int, ...]:
+    """Where the weights are: a graph reads them there."""
+    return tuple(parameter.data_ptr() for parameter in owner.parameters())

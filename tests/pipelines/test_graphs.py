@@ -1,0 +1,149 @@
+"""CUDA graphs of steps, with a stand-in that records a call and runs it again on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from numerics import assert_detects, assert_matches
+from sana.models.dit import Moment, Prepared
+from sana.pipelines.graphs import MOST, Graphs, addresses, cuda_capture
+from sana.pipelines.pipeline import Pipeline
+from sana.request import Request
+from standins import tiny_components
+
+
+class Recorder:
+    """Like a CUDA graph, it knows only the memory that it was captured with."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.captured += 1
+        output = call()
+
+        def replay() -> None:
+            self.replayed += 1
+            output.copy_(call())
+
+        return replay, output
+
+
+def network(latent: Tensor, moment: Moment, text: Prepared, mask: Tensor, **options: Any) -> Tensor:
+    [(key, value)] = text.keys_values
+    total = latent * moment.embedding.sum() + (key * value * mask).sum()
+    return total + sum(options.get("blocks", ()))
+
+
+def draw(seed: int, width: int = 3) -> tuple[Tensor, Moment]:
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(2, width, generator=generator)
+    return latent, Moment(torch.randn(1, 4, generator=generator), torch.zeros(1, 6, 4))
+
+
+def text(seed: int) -> tuple[Prepared, Tensor]:
+    key, value = torch.randn(2, 5, generator=torch.Generator().manual_seed(seed))
+    return Prepared(keys_values=((key, value),), bias=None), torch.ones(5)
+
+
+def test_replays_follow_every_input() -> None:
+    recorder, owner = Recorder(), nn.Linear(2, 2)
+    graphs = Graphs(recorder)
+    first, second = text(1), text(2)
+    for step, words in enumerate([first, first, first, second, second, first]):
+        inputs = (*draw(step), *words)
+        assert torch.equal(graphs(network, owner, *inputs), network(*inputs))
+    assert (recorder.captured, recorder.replayed) == (1, 5)
+
+
+def test_a_text_is_copied_once_and_results_are_the_callers_own() -> None:
+    recorder, owner = Recorder(), nn.Linear(2, 2)
+    graphs, words = Graphs(recorder), text(1)
+    results = [graphs(network, owner, *draw(step), *words) for step in range(4)]
+    for step, result in enumerate(results):
+        assert torch.equal(result, network(*draw(step), *words))
+    [(key, _)] = words[0].keys_values
+    key.zero_()  # the same tensor, so nobody looks
+    unaware = graphs(network, owner, *draw(3), *words)
+    assert torch.equal(unaware, results[3])
+
+
+def test_options_and_shapes_have_graphs_of_their_own_and_few_are_kept() -> None:
+    recorder, owner, words = Recorder(), nn.Linear(2, 2), text(1)
+    graphs = Graphs(recorder)
+    for _ in range(3):
+        for blocks in ((), (1,)):
+            got = graphs(network, owner, *draw(0), *words, blocks=blocks)
+            assert torch.equal(got, network(*draw(0), *words, blocks=blocks))
+    assert recorder.captured == 2
+    for width in range(4, 4 + MOST):
+        for _ in range(2):
+            graphs(network, owner, *draw(0, width), *words)
+    before = recorder.captured
+    graphs(network, owner, *draw(0), *words, blocks=(1,))
+    assert recorder.captured == before + 1, "the oldest was dropped"
+
+
+def test_weights_that_moved_are_captured_anew() -> None:
+    recorder, owner = Recorder(), nn.Linear(2, 2)
+    graphs = Graphs(recorder)
+    for seed in (1, 1, 2):
+        graphs(network, owner, *draw(0), *text(seed))
+    assert recorder.captured == 1
+    before = addresses(owner)
+    owner.weight.data = owner.weight.data.clone()
+    assert addresses(owner) != before
+    graphs(network, owner, *draw(0), *text(3))
+    assert recorder.captured == 2
+
+
+def test_a_refused_capture_leaves_the_call_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(_call: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs, owner, words = Graphs(refuse), nn.Linear(2, 2), text(1)
+    for step in range(3):
+        inputs = (*draw(step), *words)
+        assert torch.equal(graphs(network, owner, *inputs), network(*inputs))
+    assert caplog.text.count("no CUDA graph of a step") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"seeds": (1, 2), "guidance": 1.0}, {"guidance_interval": (0.3, 0.9)}, {"pag_scale": 2.0}],
+    ids=str,
+)
+def test_a_pipeline_draws_the_same_with_graphs(changes: dict[str, Any]) -> None:
+    """Every input of the real network is seen by the graphs, or a replay would miss it."""
+    pipeline = Pipeline(tiny_components())
+    recorder = Recorder()
+    requests = [
+        Request(prompt=prompt, steps=3).replace(**changes) for prompt in ("a fox", "a cow", "a fox")
+    ]
+    plain = [list(pipeline.steps(request))[-1].latent for request in requests]
+    pipeline._placing.graphs = Graphs(recorder)
+    for expected, request in zip(plain, requests, strict=True):
+        assert torch.equal(expected, list(pipeline.steps(request))[-1].latent)
+    assert recorder.captured and recorder.replayed > recorder.captured
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_draws_what_single_launches_draw() -> None:
+    components = tiny_components()
+    plain = Pipeline(components, device="cuda", graph=False)
+    graphed = Pipeline(components, device="cuda")
+    for prompt in ("a fox", "a cow"):
+        request = Request(prompt=prompt, steps=5)
+        expected = list(plain.steps(request))[-1].latent
+
+        def check(request: Request, expected: Tensor = expected) -> None:
+            assert_matches(expected, list(graphed.steps(request))[-1].latent, 1e-6)
+
+        check(request)
+        assert_detects(check, request.replace(guidance=4.6))
+    assert cuda_capture() is not None
