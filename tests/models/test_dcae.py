@@ -13,8 +13,10 @@ from live_bytes import peak_bytes
 from numerics import assert_detects, assert_matches
 from sana.config import DCAEConfig, StageConfig
 from sana.errors import CheckpointError
+from sana.kernels import ops
 from sana.models import dcae
 from sana.models.dcae import (
+    ACTIVATIONS,
     DCAE,
     ChannelRMSNorm,
     EViTBlock,
@@ -101,7 +103,7 @@ def test_with_zeroed_branches_only_the_shortcuts_remain(name: str) -> None:
         for stage in reversed(config.decoder[not config.decoder[0].depth : -1]):
             y = F.pixel_shuffle(y.repeat_interleave(4 * stage.width // y.shape[1], 1), 2)
         decoder = network.decoder
-        expected = decoder.head(decoder.activation(decoder.norm(y)))
+        expected = decoder.head(ACTIVATIONS[decoder.activation](decoder.norm(y)))
         assert_matches(expected, candidate.decode(latent), 2e-15)  # floor 3.2e-16
 
     check(network)
@@ -276,3 +278,29 @@ def test_the_official_decoder_makes_1024_px_in_less_than_a_gibibyte() -> None:
         network = DCAE(config).to(torch.bfloat16).eval().to(memory_format=torch.channels_last)
     latent = torch.empty(1, 32, 32, 32, device="meta")
     assert 0.5 < peak_bytes(lambda: network.decode(latent)) / 2**30 < 0.8  # measured 0.79
+
+
+def test_the_kernels_compute_the_same_decoder() -> None:
+    """In triton's interpreter, or on a GPU: norms, activations and the middle of the mix-FFN."""
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = [{"width": 4}, {"width": 8}, {"width": 8, "block": "efficientvit", "scales": (5,)}]
+    stages = tuple(StageConfig(depth=1, **kind) for kind in kinds)  # type: ignore[arg-type]
+    config = DCAEConfig(latent_channels=2, encoder=stages, decoder=stages, head_dim=4)
+    network = build(config)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    latent = draw(1, 2, 2, 3)
+    with torch.inference_mode():
+        expected = network.decode(latent).float()
+    network.float().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def check(network: DCAE) -> None:
+        assert_matches(
+            expected, network.decode(latent.float().to(device)).cpu(), 1.6e-6
+        )  # floor 1.6e-7
+
+    with torch.inference_mode(), ops.force("triton"):
+        check(network)
+        network.decoder.stages[0][1].first.bias.data.mul_(1.05)
+        assert_detects(check, network)

@@ -24,6 +24,9 @@ OLDEST = 8
 NORM_EPS = 1e-6
 """Of the LayerNorms between a transformer's layers, as in every Sana."""
 
+Activation = Literal["none", "relu", "silu"]
+KINDS: dict[Activation, int] = {"none": 0, "relu": 1, "silu": 2}
+
 Backend = Literal["auto", "triton", "reference"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -106,6 +109,39 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
     normed: Tensor = norms.rms_norm(x, weight, eps)
     return normed
+
+
+def rms_norm_(
+    own: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float,
+    activation: Activation = "none",
+) -> bool:
+    """own (..., C) = act(own / rms(own) * weight + bias) + residual, in place.
+
+    False where there is no kernel for it, and then nothing is done: the reference works in pieces.
+    """
+    others = (weight, bias) if residual is None else (weight, bias, residual)
+    dense = own.is_contiguous() and (residual is None or residual.is_contiguous())
+    if not dense or not _fuses(own, *others):
+        return False
+    from sana.kernels import norms
+
+    norms.rms_norm_(own, weight, bias, residual, eps, KINDS[activation])
+    return True
+
+
+def bias_act_(own: Tensor, bias: Tensor, activation: Activation) -> bool:
+    """own (..., C) = act(own + bias), in place; False as in `rms_norm_`."""
+    if not own.is_contiguous() or not _fuses(own, bias):
+        return False
+    from sana.kernels import norms
+
+    norms.bias_act_(own, bias, KINDS[activation])
+    return True
 
 
 def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sana.config import Activation, DCAEConfig, NormKind, StageConfig
 from sana.errors import CheckpointError
+from sana.kernels import ops
 from sana.kernels.ops import linear_attention
 from sana.kernels.reference import quadratic_attention
 from sana.models.layers import GLUMBConv, split_heads
@@ -121,7 +122,7 @@ class Decoder(nn.Module):
         super().__init__()
         stages = config.decoder
         first = stages[0].width if stages[0].depth else stages[1].width
-        self.activation = ACTIVATIONS[config.out_activation]
+        self.activation = config.out_activation
         check_shortcut(stages[-1].width, config.latent_channels)
         self.stem = nn.Conv2d(config.latent_channels, stages[-1].width, 3, padding=1)
         self.stages = nn.ModuleList()
@@ -143,8 +144,7 @@ class Decoder(nn.Module):
         for stage in reversed(list(self.stages)):
             for layer in stage.children():
                 x = layer(x)
-        x = self.norm(x)
-        images: Tensor = self.head(activate(self.activation, x))
+        images: Tensor = self.head(self.norm.activated(x, self.activation))
         return images
 
 
@@ -153,14 +153,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim: int, norm: NormKind, activation: Activation) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.first = nn.Conv2d(dim, dim, 3, padding=1)
         self.second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
         self.norm = make_norm(norm, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.norm(self.second(activate(self.activation, self.first(x))))
-        return add(branch, x)
+        return normed_sum(self.norm, self.second(convolve(self.first, x, self.activation)), x)
 
 
 class EViTBlock(nn.Module):
@@ -173,9 +172,9 @@ class EViTBlock(nn.Module):
         self.norm = ChannelRMSNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        branch: Tensor = self.norm(self.feed_forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-        return x + branch
+        x = normed_sum(self.attention.norm, self.attention.mix(x), x)
+        branch: Tensor = self.feed_forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return normed_sum(self.norm, branch, x)
 
 
 class MultiScaleAttention(nn.Module):
@@ -195,6 +194,11 @@ class MultiScaleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), without the residual."""
+        normed: Tensor = self.norm(self.mix(x))
+        return normed
+
+    def mix(self, x: Tensor) -> Tensor:
+        """`forward` without the norm."""
         height, width = x.shape[-2:]
         qkv = self.qkv(x.permute(0, 2, 3, 1))  # (B, H, W, 3 C)
         if self.scales:
@@ -207,8 +211,7 @@ class MultiScaleAttention(nn.Module):
         attend = quadratic_attention if is_short else linear_attention
         mixed = attend(q, k, v, eps=ATTENTION_EPS).transpose(1, 2).flatten(2)
         out = torch.unflatten(self.output(mixed), 1, (height, width))
-        normed: Tensor = self.norm(out.permute(0, 3, 1, 2))
-        return normed
+        return out.permute(0, 3, 1, 2)
 
 
 class Aggregate(nn.Module):
@@ -310,6 +313,14 @@ class ChannelRMSNorm(nn.Module):
             place.copy_(self._normalize(part))
         return out
 
+    def activated(self, own: Tensor, activation: Activation) -> Tensor:
+        """The activation of the norm, in own's memory where no gradient needs it."""
+        weight, bias = self.weight, self.bias
+        rows = own.permute(0, 2, 3, 1)
+        if ops.rms_norm_(rows, weight, bias, eps=self.eps, activation=activation):
+            return own
+        return activate(ACTIVATIONS[activation], self(own))
+
     def _normalize(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.eps)
@@ -345,6 +356,24 @@ def add(own: Tensor, other: Tensor) -> Tensor:
 def activate(activation: Callable[..., Tensor], own: Tensor) -> Tensor:
     """The activation of `own`, in its memory where no gradient needs it."""
     return activation(own, inplace=not torch.is_grad_enabled())
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, activation: Activation) -> Tensor:
+    """act(conv(x)); on a GPU cuDNN would add the bias in a pass of its own."""
+    if ops.is_inference(x, conv.weight) and ops.uses_triton(x) and conv.bias is not None:
+        bare = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        if ops.bias_act_(bare.permute(0, 2, 3, 1), conv.bias, activation):
+            return bare
+    return activate(ACTIVATIONS[activation], conv(x))
+
+
+def normed_sum(norm: nn.Module, own: Tensor, residual: Tensor) -> Tensor:
+    """norm(own) + residual, in own's memory where no gradient needs it."""
+    if isinstance(norm, ChannelRMSNorm):
+        rows, others = own.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1)
+        if ops.rms_norm_(rows, norm.weight, norm.bias, others, eps=norm.eps):
+            return own
+    return add(norm(own), residual)
 
 
 def channels_last(x: Tensor) -> Tensor:
