@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sana.errors import TrainingError
-from sana.training.loop import train
+from sana.training.loop import busy_workers, train
 from tests.numerics import assert_detects, assert_matches
 from tests.training.lines import CPU, LineTask, fit, fit_in_process, make_config
 
@@ -106,3 +106,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
         fit(tmp_path, steps=4)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("workers", "chunk"), [(8, 8), (12, 8), (8, 1), (1, 8), (2, 3), (0, 8)])
+def test_every_worker_gets_its_share_of_the_drawing(workers: int, chunk: int) -> None:
+    """Items go to workers in turn; only every `chunk`-th is drawn."""
+
+    def check(count: int) -> None:
+        assert count <= workers
+        assert {item % count for item in range(0, 1000 * chunk, chunk)} == set(range(count))
+
+    if workers == 0:
+        assert busy_workers(workers, chunk) == 0
+        return
+    check(busy_workers(workers, chunk))
+    if workers == chunk:
+        assert_detects(check, workers)

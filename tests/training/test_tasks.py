@@ -383,3 +383,34 @@ def test_latent_statistics_normalize_what_is_drawn(tmp_path: Path) -> None:
     check(1.0)
     assert_detects(check, 2.0)
     assert preset("tiny").config.autoencoder.latent_mean != network.config.latent_mean
+
+
+def test_the_logarithmic_error_is_that_of_whole_pictures() -> None:
+    """The reported PSNR is the mean over pictures, each seen through its four crops."""
+    config = plan("sticker-autoencoder", [*SMALL, "data.crop=32", "data.batch=8"])
+    task = make_task(config, CPU)
+    assert isinstance(task, AutoencoderTask)
+    chance = torch.Generator().manual_seed(4)
+    batch = torch.rand(8, 3, 32, 32, generator=chance) - 0.5
+    errors = 0.1 * torch.randn(batch.shape, generator=chance) * torch.arange(1, 9).view(8, 1, 1, 1)
+
+    def check(order: list[int]) -> None:
+        whole = errors[order].unflatten(0, (4, 2)).transpose(0, 1).double()
+        expected = (10 * (4 / whole.square().mean((1, 2, 3, 4))).log10()).mean()
+        task.generator.module = Wrong(errors)
+        found = task.generator.loss(batch, torch.Generator())["psnr"]
+        assert_matches(expected.float(), found, 1e-4)  # floor 1.5e-5
+
+    check([*range(8)])
+    assert_detects(check, [1, 0, *range(2, 8)])
+
+
+class Wrong(nn.Module):
+    """A round trip that errs by `errors`."""
+
+    def __init__(self, errors: Tensor) -> None:
+        super().__init__()
+        self.errors = errors
+
+    def forward(self, images: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+        return images + self.errors

@@ -107,6 +107,9 @@ class AutoencoderConfig:
     perceptual_crop: int = 128
     squared: float = 0.0
     """Weight of the mean squared error beside the mean absolute one."""
+    log_squared: float = 0.0
+    """Weight of the mean over pictures of the squared error's logarithm, which is what a mean PSNR
+    measures: pictures that are nearly right count as much as the worst."""
     adversarial: float = 0.05
     """Weight of the generator's hinge loss in the refine phase."""
     latent_noise: float = 0.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,15 @@ def train(config: TrainConfig, task: Task, place: Place) -> Progress:
     return progress
 
 
+def busy_workers(workers: int, chunk: int) -> int:
+    """At most `workers` processes, so many that each in turn gets a chunk's first item to draw.
+
+    A loader deals items out in turn and only every `chunk`-th holds work: of 8 workers at chunks
+    of 8, one would do it all.
+    """
+    return next((n for n in range(workers, 0, -1) if math.gcd(n, chunk) == 1), 0)
+
+
 def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
@@ -184,7 +194,7 @@ class _Run:
             self.task.dataset(),
             batch_size=None,
             sampler=items,
-            num_workers=data.workers,
+            num_workers=busy_workers(data.workers, data.chunk),
             prefetch_factor=4 if data.workers else None,
             pin_memory=place.device.type == "cuda",
         )

@@ -43,8 +43,10 @@ def sticker_autoencoder() -> TrainConfig:
         optimizer=OptimizerConfig(
             kind="muon", rate=1e-3, beta2=0.99, weight_decay=0.001, warmup=200, decay=0.6
         ),
-        data=DataConfig(size=512, crop=256, batch=64, chunk=8, workers=8, avatars=5000, even=True),
-        autoencoder=AutoencoderConfig(perceptual=0.02, perceptual_crop=64, squared=25.0),
+        data=DataConfig(size=512, crop=256, batch=96, chunk=8, workers=8, avatars=5000, even=True),
+        autoencoder=AutoencoderConfig(
+            perceptual=0.02, perceptual_crop=64, squared=25.0, log_squared=0.1
+        ),
     )
 
 
@@ -69,9 +71,15 @@ def sticker_decoder() -> TrainConfig:
     return replace(
         sticker_autoencoder(),
         recipe="sticker-decoder",
+        data=replace(sticker_autoencoder().data, batch=128),
         init="runs/autoencoder/model",
         autoencoder=AutoencoderConfig(
-            phase="decoder", perceptual=0.02, perceptual_crop=64, squared=25.0, latent_noise=0.01
+            phase="decoder",
+            perceptual=0.02,
+            perceptual_crop=64,
+            squared=25.0,
+            log_squared=0.1,
+            latent_noise=0.02,
         ),
     )
 

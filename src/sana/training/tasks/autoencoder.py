@@ -9,6 +9,7 @@ denoiser's errors.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from sana.weights.save import save
 SAMPLES = 8
 CROPS = 4
 """Crops of each picture in a batch: drawing two for each took a fifth of the GPU's time."""
+EXACT = 1e-5
+"""Squared error (pictures in -1..1) under which a picture is as good as exact: 56 dB."""
 
 
 class AutoencoderTask:
@@ -60,7 +63,7 @@ class AutoencoderTask:
     def dataset(self) -> Dataset[Any]:
         return SceneStream(
             self.studio.composer,
-            count=self._scenes() * self.config.data.chunk,
+            count=_scenes(self.config) * self.config.data.chunk,
             seed=self.config.seed,
             place=(self.place.rank, self.place.world),
             chunk=self.config.data.chunk,
@@ -75,17 +78,12 @@ class AutoencoderTask:
         data = self.config.data
         if item is not None:
             drawn = self.studio.renderer.render(item, data.size)
-            self.pool = list(drawn.split(self._scenes()))
+            self.pool = list(drawn.split(_scenes(self.config)))
         images = self.pool.pop(0)
         if data.crop:
             chance = torch.Generator().manual_seed(generator.initial_seed())
-            images = random_crops(images, data.batch // data.accumulate, data.crop, chance)
+            images = random_crops(images, _micro(self.config), data.crop, chance)
         return images.contiguous(memory_format=torch.channels_last)
-
-    def _scenes(self) -> int:
-        """Pictures of a micro-batch; `CROPS` crops are taken from each."""
-        micro = self.config.data.batch // self.config.data.accumulate
-        return max(1, micro // CROPS) if self.config.data.crop else micro
 
     @torch.no_grad()
     def sample(self) -> Tensor:
@@ -130,6 +128,7 @@ class ReconstructionPhase:
 
     def __init__(self, config: TrainConfig, network: DCAE, distance: nn.Module | None) -> None:
         self.config = config.autoencoder
+        self.crops = CROPS if _scenes(config) * CROPS == _micro(config) else 1
         self.module: nn.Module = RoundTrip(network)
         self.distance = distance
         self.critic: nn.Module | None = None
@@ -139,8 +138,13 @@ class ReconstructionPhase:
         noise = self.config.latent_noise * strength
         rebuilt = self.module(batch, noise, generator)
         absolute = (rebuilt.float() - batch).abs().mean()
-        squared = (rebuilt.float() - batch).square().mean()
-        found = {"loss": absolute + self.config.squared * squared, "l1": absolute, "mse": squared}
+        squares = (rebuilt.float() - batch).square().mean((1, 2, 3))
+        squared = squares.mean()
+        # Crops lie as `random_crops` takes them, the pictures in turn.
+        logarithm = (squares.unflatten(0, (self.crops, -1)).mean(0) + EXACT).log().mean()
+        loss = absolute + self.config.squared * squared + self.config.log_squared * logarithm
+        found = {"loss": loss, "l1": absolute, "mse": squared}
+        found["psnr"] = -10 / math.log(10) * (logarithm.detach() - math.log(4))
         if self.distance is not None:
             crop = min(self.config.perceptual_crop, batch.shape[-1])
             top, left = _corner(batch.shape[-1] - crop, generator)
@@ -189,6 +193,16 @@ class RoundTrip(nn.Module):
         deviation = latent.float().std((0, 2, 3), keepdim=True).to(latent.dtype)
         drawn = torch.randn(latent.shape, generator=generator, device=latent.device)
         return torch.as_tensor(self.network.decode(latent + drawn * deviation * noise))
+
+
+def _micro(config: TrainConfig) -> int:
+    """Pictures, or crops of them, of a micro-batch."""
+    return config.data.batch // config.data.accumulate
+
+
+def _scenes(config: TrainConfig) -> int:
+    """Pictures of a micro-batch; `CROPS` crops are taken from each."""
+    return max(1, _micro(config) // CROPS) if config.data.crop else _micro(config)
 
 
 def _choose(network: DCAE, phase: str) -> list[nn.Module]:
