@@ -185,6 +185,33 @@ class TextConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AlignmentConfig:
+    """The image-text model that judges pictures of the sticker world, at 256 px."""
+
+    text_width: int
+    refiner: RefinerConfig
+    width: int = 256
+    heads: int = 8
+    stages: tuple[int, ...] = (64, 128, 256)
+    """Widths of the convolution stages; the first has a quarter of the side, each other half."""
+    depths: tuple[int, ...] = (2, 2, 2)
+    picture_layers: int = 2
+    layers: int = 3
+    """Layers in which words look at the picture."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width % self.heads == 0,
+            f"alignment width {self.width} is not a multiple of heads {self.heads}",
+        )
+        _require(
+            len(self.stages) == len(self.depths) and 1 <= len(self.stages) <= 5,
+            f"alignment has {len(self.stages)} stages and {len(self.depths)} depths; give as many "
+            "of each, 1 to 5",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GemmaConfig:
     """A Gemma-2 decoder, as its own folder describes it; the defaults are those of the 2B."""
 

@@ -27,6 +27,7 @@ CHOOSING = Group("Choose the best of many", sort_key=5.5)
 JUDGES: MappingProxyType[str, str] = MappingProxyType(
     {
         "sticker": "the detector.safetensors that `sana train sticker-detector` wrote",
+        "alignment": "the alignment.safetensors that `sana train sticker-alignment` wrote",
     }
 )
 """Each judge and what its --judge-model is."""

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from sana.data.stickers.prompts import PromptCase
 from sana.data.stickers.reading import Reader
 from sana.data.stickers.scene import COLORS
 from sana.data.stickers.world import Concept
 from sana.errors import CheckpointError, RequestError
+from sana.evaluation.alignment import AlignmentJudge
 from sana.evaluation.detector import Found, detect, read
 from sana.evaluation.stickers import find_fault
 from sana.models.detector import Detector
@@ -28,7 +30,9 @@ def load_judge(name: str, source: str, device: str = "cpu") -> Any:
     """The judge called `name` with the weights at `source`; raises as their loaders do."""
     if name == "sticker":
         return StickerJudge.load(Path(source), device)
-    raise RequestError(f"judge is {name!r}; known is sticker")
+    if name == "alignment":
+        return AlignmentJudge.load(Path(source), device)
+    raise RequestError(f"judge is {name!r}; known are sticker and alignment")
 
 
 class StickerJudge:
@@ -58,11 +62,14 @@ class StickerJudge:
     def __call__(self, prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
         """Scores; `RequestError` for a prompt that the rules cannot read."""
         case = self.reader.read(prompt)
-        scores = []
-        for picture in pictures:
-            [found] = detect(self.detector, to_tensor(picture.convert("RGB")))
-            scores.append(float(not find_fault(case, found, self.world)) + _clearness(case, found))
-        return scores
+        return [self.score(case, to_tensor(picture.convert("RGB")))[0] for picture in pictures]
+
+    def score(self, case: PromptCase, pictures: Tensor) -> list[float]:
+        """Scores of pictures (B, 3, H, W) in -1..1 of a case that is known."""
+        return [
+            float(not find_fault(case, found, self.world)) + _clearness(case, found)
+            for found in detect(self.detector, pictures)
+        ]
 
 
 class _Words:

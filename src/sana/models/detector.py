@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sana.models.residual import Normed, initialize, stages
+
 SIZE = 256
 """Side of the pictures that the network looks at, in pixels."""
 STRIDE = 8
@@ -62,31 +64,20 @@ class Detector(nn.Module):
         depths: tuple[int, int, int, int] = DEPTHS,
     ) -> None:
         super().__init__()
-        self.stem = _Normed(3, widths[0], kernel=8, stride=4)
-        narrow = (widths[0], *widths[:-1])
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Identity() if index == 0 else _Normed(narrow[index], wide, kernel=3, stride=2),
-                *[_Residual(wide) for _ in range(depth)],
-            )
-            for index, (wide, depth) in enumerate(zip(widths, depths, strict=True))
-        )
-        self.coarse = _Normed(widths[3], widths[2], kernel=1)
-        self.middle = _Normed(widths[2], widths[2], kernel=3)
-        self.lowered = _Normed(widths[2], widths[1], kernel=1)
-        self.fine = _Normed(widths[1], widths[1], kernel=3)
+        self.stem = Normed(3, widths[0], kernel=8, stride=4)
+        self.stages = stages(widths, depths)
+        self.coarse = Normed(widths[3], widths[2], kernel=1)
+        self.middle = Normed(widths[2], widths[2], kernel=3)
+        self.lowered = Normed(widths[2], widths[1], kernel=1)
+        self.fine = Normed(widths[1], widths[1], kernel=3)
         self.heat = nn.Sequential(
-            _Normed(widths[1], widths[0], kernel=3), nn.Conv2d(widths[0], 1, 1)
+            Normed(widths[1], widths[0], kernel=3), nn.Conv2d(widths[0], 1, 1)
         )
         self.read = nn.Linear(widths[1] + widths[2] + widths[3], READ)
         self.concept = nn.Linear(READ, concepts)
         self.color = nn.Linear(READ, colors)
         self.box = nn.Linear(READ, 4)
         self._initialize()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                weight = module.weight.data
-                module.weight.data = weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor, points: Tensor) -> tuple[Tensor, Reading]:
         """Heat map logits [B, h, w], and a reading at `points` [B, P, 2] (x, y in 0..1).
@@ -142,11 +133,7 @@ class Detector(nn.Module):
         return Peaks(_without_doubles(score, reading.box), concept, color, reading.box)
 
     def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if isinstance(module, _Residual):
-                nn.init.zeros_(module.second.norm.weight)
+        initialize(self)
         last = self.heat[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         nn.init.normal_(last.weight, std=0.01)
@@ -180,32 +167,6 @@ def _without_doubles(score: Tensor, box: Tensor) -> Tensor:
         beaten = (same[:, index, :index] & kept[:, :index]).any(1)
         kept[:, index] = ~beaten
     return score * kept
-
-
-class _Normed(nn.Module):
-    """Convolution, batch norm, ReLU."""
-
-    def __init__(self, narrow: int, wide: int, *, kernel: int, stride: int = 1) -> None:
-        super().__init__()
-        padding = (kernel - stride + 1) // 2
-        self.conv = nn.Conv2d(narrow, wide, kernel, stride, padding, bias=False)
-        self.norm = nn.BatchNorm2d(wide, momentum=0.03)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
-
-
-class _Residual(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))) (He et al. 2016, figure 2)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = _Normed(width, width, kernel=3)
-        self.second = _Normed(width, width, kernel=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.second.norm(self.second.conv(self.first(x)))
-        return F.relu(x + y)
 
 
 def _doubled(x: Tensor) -> Tensor:

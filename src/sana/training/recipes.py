@@ -174,6 +174,21 @@ def sticker_detector() -> TrainConfig:
     )
 
 
+def sticker_alignment() -> TrainConfig:
+    """The image-text judge: does a caption hold of a picture, told from pairs of near twins."""
+    return TrainConfig(
+        recipe="sticker-alignment",
+        task="alignment",
+        model="sticker-512",
+        steps=1500,
+        precision="bf16",
+        ema=0.998,
+        log_every=50,
+        optimizer=OptimizerConfig(rate=1e-3, weight_decay=0.01, warmup=100, decay=0.7),
+        data=DataConfig(size=256, batch=256, workers=8, tokens=48, avatars=1000),
+    )
+
+
 RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
     {
         "sticker-autoencoder": sticker_autoencoder,
@@ -184,6 +199,7 @@ RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
         "sticker-256": sticker_256,
         "sticker-512": sticker_512,
         "sticker-detector": sticker_detector,
+        "sticker-alignment": sticker_alignment,
     }
 )
 

@@ -49,6 +49,8 @@ def make_task(config: TrainConfig, place: Place) -> Task:
         return _grounding(config, model, studio, place)
     if config.task == "flow":
         return _flow(config, model, studio, place)
+    if config.task == "alignment":
+        return _alignment(config, model, studio, place)
     return _detector(config, studio, place)
 
 
@@ -153,6 +155,31 @@ def _detector(config: TrainConfig, studio: Studio, place: Place) -> Task:
     from sana.training.tasks.detector import DetectorTask
 
     return DetectorTask(config, studio, place)
+
+
+def _alignment(config: TrainConfig, model: ModelConfig, studio: Studio, place: Place) -> Task:
+    from sana.config import AlignmentConfig, RefinerConfig
+    from sana.models.alignment import Alignment
+    from sana.training.tasks.alignment import AlignmentTask
+
+    if config.data.batch // config.data.accumulate % 2:
+        raise TrainingError(
+            f"data.batch is {config.data.batch} in {config.data.accumulate} parts; twins come in "
+            "twos, so each part must be even"
+        )
+    source = config.flow.autoencoder
+    _, text = _frozen(source, needs_autoencoder=False)
+    _check_fit(config, model, None, text)
+    width = min(256, 2 * text.width)
+    network = Alignment(
+        AlignmentConfig(
+            text_width=text.width,
+            refiner=model.dit.refiner or RefinerConfig(),
+            width=width,
+            stages=(width // 4, width // 2, width),
+        )
+    )
+    return AlignmentTask(config, network, text, studio, place, source)
 
 
 def _compile(modules: list[Any]) -> None:

@@ -103,7 +103,7 @@ def choose(
     dice: Dice, object_colors: Collection[str], *, is_named: bool, has_landscapes: bool = True
 ) -> Background:
     """A background against which objects of these colours stand out."""
-    banned = frozenset[str]().union(*(_CLASHES.get(color, ()) for color in object_colors))
+    banned = _banned(object_colors)
     if not is_named and dice.chance(0.7):
         name = "light grey" if "white" in banned or dice.chance(0.25) else "white"
         return plain(name)
@@ -112,6 +112,11 @@ def choose(
         if background.name not in banned:
             return background
     return plain("light grey")
+
+
+def clashes(background: Background, object_colors: Collection[str]) -> bool:
+    """Whether an object of one of these colours would vanish on it."""
+    return background.name in _banned(object_colors)
 
 
 def plain(name: str) -> Background:
@@ -143,6 +148,10 @@ def tag(dice: Dice, background: Background) -> str:
     if background.kind in LANDSCAPES:
         return dice.pick(LANDSCAPES[background.kind][1])
     return _words(dice, background)
+
+
+def _banned(object_colors: Collection[str]) -> frozenset[str]:
+    return frozenset[str]().union(*(_CLASHES.get(color, ()) for color in object_colors))
 
 
 def _words(dice: Dice, background: Background) -> str:

@@ -8,6 +8,7 @@ portraits that training never uses. Start reading at `Composer.draw`; `render` d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
@@ -64,6 +65,19 @@ _TRIES = 200
 _KNOWN_SHARE = 0.5
 
 Choice = tuple[int, str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thing:
+    """So many of a concept, in a colour if the caption says one.
+
+    `is_recolored` tells whether the sprites are turned to the colour, or have it by nature.
+    """
+
+    concept: int
+    color: str | None = None
+    count: int = 1
+    is_recolored: bool = False
 
 
 class Composer:
@@ -133,7 +147,7 @@ class Composer:
     def allows(self, split: Split, first: int, second: int) -> bool:
         """Whether two concepts may stand together in this split; never "cat" with "cat face"."""
         keys = self.concepts[first].key, self.concepts[second].key
-        if not self._words[first].isdisjoint(self._words[second]):
+        if self.has_shared_word(first, second):
             return False
         return is_held_out_pair(*keys) == (split == "held_out")
 
@@ -162,6 +176,88 @@ class Composer:
         """The colours that this split may turn the concept to; empty if it cannot be recoloured."""
         return self._colors[split][concept]
 
+    def faces_like(self, number: int) -> tuple[int, ...]:
+        """The portraits of the split that avatar `number` belongs to."""
+        is_kept = number in self._faces["held_out"]
+        return self._faces["held_out" if is_kept else "train"]
+
+    def has_shared_word(self, first: int, second: int) -> bool:
+        """Whether two concepts cannot be told apart by name: "cat" and "cat face"."""
+        return not self._words[first].isdisjoint(self._words[second])
+
+    def scene(
+        self,
+        dice: Dice,
+        things: Sequence[Thing],
+        relation: Relation | None,
+        background: Background,
+        *,
+        is_named: bool,
+        task: Task | None = None,
+    ) -> Scene:
+        """Up to four objects of one or two kinds, arranged and described as the dice fall."""
+        group = [thing for thing in things for _ in range(thing.count)]
+        extents = [self._extents[self.sprite_of[thing.concept][0]] for thing in group]
+        has_ground = background.kind in backgrounds.GROUNDED
+        squares = layout.arrange(dice, extents, relation, has_ground=has_ground)
+        objects = tuple(
+            self.place(thing.concept, 0, thing.color, square, is_recolored=thing.is_recolored)
+            for thing, square in zip(group, squares, strict=True)
+        )
+        ends = list(accumulate(thing.count for thing in things))
+        named = [
+            Named(
+                concept=self.concepts[thing.concept],
+                color=thing.color,
+                objects=tuple(range(end - thing.count, end)),
+            )
+            for thing, end in zip(things, ends, strict=True)
+        ]
+        shown = background if is_named else None
+        caption, spans = scene_caption(dice, named, relation, shown)
+        return Scene(
+            kind="scene",
+            background=background,
+            objects=objects,
+            relation=relation,
+            avatar=None,
+            caption=caption,
+            spans=spans,
+            task=task,
+        )
+
+    def sticker(
+        self, dice: Dice, concept: int, style: int, background: Background, *, is_named: bool
+    ) -> Scene:
+        """One object in a style, which the caption always names."""
+        placed = self.place(concept, style, None, layout.sticker(dice))
+        thing = Named(concept=self.concepts[concept], color=None, objects=(0,))
+        shown = background if is_named else None
+        caption, spans = sticker_caption(dice, thing, self.styles[style], shown)
+        return Scene(
+            kind="sticker",
+            background=background,
+            objects=(placed,),
+            relation=None,
+            avatar=None,
+            caption=caption,
+            spans=spans,
+        )
+
+    def portrait(self, dice: Dice, number: int, background: Background, *, is_named: bool) -> Scene:
+        """Avatar `number`; the caption says some of its attributes."""
+        shown = background if is_named else None
+        caption, spans = portrait_caption(dice, self.avatars[number], shown)
+        return Scene(
+            kind="avatar",
+            background=background,
+            objects=(),
+            relation=None,
+            avatar=number,
+            caption=caption,
+            spans=spans,
+        )
+
     def _draw_objects(self, dice: Dice, split: Split) -> Scene:
         task = (
             dice.weighted(_TRAIN_TASKS, _TRAIN_BOUNDS)
@@ -175,37 +271,16 @@ class Composer:
         repeats = dice.between(2, 4) if task == "counting" else 1
         is_named = dice.chance(0.6)
         background = backgrounds.choose(dice, self._hues(chosen), is_named=is_named)
-        colored = [
-            (c, self._say_natural(dice, (c, color)), color is not None) for c, color in chosen
-        ]
-        group = colored * repeats
-        extents = [self._extents[self.sprite_of[concept][0]] for concept, _, _ in group]
-        has_ground = background.kind in backgrounds.GROUNDED
-        squares = layout.arrange(dice, extents, relation, has_ground=has_ground)
-        objects = tuple(
-            self.place(concept, 0, color, square, is_recolored=is_recolored)
-            for (concept, color, is_recolored), square in zip(group, squares, strict=True)
-        )
         things = [
-            Named(
-                concept=self.concepts[concept],
-                color=color,
-                objects=tuple(range(repeats)) if repeats > 1 else (number,),
+            Thing(
+                concept=concept,
+                color=self._say_natural(dice, (concept, color)),
+                count=repeats,
+                is_recolored=color is not None,
             )
-            for number, (concept, color, _) in enumerate(colored)
+            for concept, color in chosen
         ]
-        shown = background if is_named else None
-        caption, spans = scene_caption(dice, things, relation, shown)
-        return Scene(
-            kind="scene",
-            background=background,
-            objects=objects,
-            relation=relation,
-            avatar=None,
-            caption=caption,
-            spans=spans,
-            task=task,
-        )
+        return self.scene(dice, things, relation, background, is_named=is_named, task=task)
 
     def _relation(self, dice: Dice, task: Task) -> Relation | None:
         if task == "position" or (task == "color_attribution" and dice.chance(0.35)):
@@ -263,19 +338,7 @@ class Composer:
         is_black = self.styles[style] == "silhouette"
         hues = self._hues([(concept, "black" if is_black else None)])
         background = backgrounds.choose(dice, hues, is_named=is_named, has_landscapes=False)
-        placed = self.place(concept, style, None, layout.sticker(dice))
-        thing = Named(concept=self.concepts[concept], color=None, objects=(0,))
-        shown = background if is_named else None
-        caption, spans = sticker_caption(dice, thing, self.styles[style], shown)
-        return Scene(
-            kind="sticker",
-            background=background,
-            objects=(placed,),
-            relation=None,
-            avatar=None,
-            caption=caption,
-            spans=spans,
-        )
+        return self.sticker(dice, concept, style, background, is_named=is_named)
 
     def _draw_avatar(self, dice: Dice, split: Split) -> Scene:
         number = dice.pick(self._faces[split])
@@ -283,16 +346,7 @@ class Composer:
         worn = [avatar.attributes.get(slot, "") for slot in ("clothing_color", "hair_color")]
         is_named = dice.chance(0.7)
         background = backgrounds.choose(dice, worn, is_named=is_named, has_landscapes=False)
-        caption, spans = portrait_caption(dice, avatar, background if is_named else None)
-        return Scene(
-            kind="avatar",
-            background=background,
-            objects=(),
-            relation=None,
-            avatar=number,
-            caption=caption,
-            spans=spans,
-        )
+        return self.portrait(dice, number, background, is_named=is_named)
 
 
 def draw_scene(world: World, index: int, *, seed: int, split: Split = "train") -> Scene:
