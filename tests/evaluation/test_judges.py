@@ -47,7 +47,7 @@ def test_only_a_detector_is_loaded(tmp_path: Path) -> None:
     write_whole({path: to_bytes({"a": torch.zeros(1)}, {"kind": "other"})})
     with pytest.raises(CheckpointError, match="'other', not a detector"):
         load_judge("sticker", str(path))
-    with pytest.raises(RequestError, match="judge is 'clip'; known is sticker"):
+    with pytest.raises(RequestError, match="judge is 'clip'; known are sticker"):
         load_judge("clip", str(path))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sana.cli.main import main
 from sana.data.stickers.tiny import tiny_world
-from sana.evaluation import detector
+from sana.evaluation import alignment, detector
 from sana.presets import preset
 from sana.training import journal, loop
 from sana.training.journal import make_grid
@@ -49,6 +49,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "data.accumulate=2",
     ),
     "sticker-detector": ("data.batch=1",),
+    "sticker-alignment": ("data.batch=2",),
 }
 
 
@@ -121,6 +122,7 @@ def test_the_models_of_all_recipes_can_be_loaded(runs: Path) -> None:
         config = load_dit(runs / recipe / "model").config
         assert config == preset("tiny").config.dit
     detector.load(runs / "sticker-detector" / "model" / "detector.safetensors", tiny_world())
+    alignment.read(runs / "sticker-alignment" / "model" / "alignment.safetensors")
 
 
 def test_the_flow_run_starts_from_the_grounded_refiner(runs: Path) -> None:

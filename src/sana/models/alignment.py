@@ -1,10 +1,10 @@
 """Does a caption hold of a picture? A small image-text model whose every word makes a claim.
 
 A residual network and two attention layers make tokens of the picture; a refiner binds colours and
-places to nouns in the states of a frozen text encoder; then the words look at the picture, and each
-answers with the log-odds that what it says is there. A caption holds if all its claims do, so its
-score is their soft minimum. Region and word embeddings (after GLIP, Li et al. 2022) are for
-training alone. Start reading at `Alignment.forward`.
+places to nouns in the states of a frozen text encoder. Words find their regions by embeddings that
+are trained to agree (after GLIP, Li et al. 2022), then look at the whole picture, and each answers
+with the log-odds that what it says is there. A caption holds if all its claims do, so its score is
+their soft minimum. Start reading at `Alignment.forward`.
 
 B pictures, C captions, P pairs, K objects of a picture, N tokens of a picture, T of a caption, D
 width. Precision: what autocast gives; scores and region-word products are fp32.
@@ -27,8 +27,8 @@ from sana.models.residual import Normed, initialize, stages
 
 EMBEDDING = 128
 """Width of the region and word embeddings."""
-# Claims start likely, and region-word pairs unlikely (SigLIP, Zhai et al. 2023, section 3.2).
-LIKELY, UNLIKELY = 3.0, -10.0
+LIKELY, SCALE = 3.0, 14.0
+"""Where claims start, and the factor on cosines of embeddings."""
 
 
 class Words(NamedTuple):
@@ -58,15 +58,15 @@ class Alignment(nn.Module):
         self.words = nn.Sequential(
             nn.LayerNorm(config.text_width), nn.Linear(config.text_width, width)
         )
+        self.region = nn.Linear(width, EMBEDDING)
+        self.word = nn.Linear(width, EMBEDDING)
+        self.scale = nn.Parameter(torch.tensor(math.log(SCALE)))
+        self.found = nn.Linear(width, width)
+        self.sureness = nn.Linear(1, width)
         self.layers = nn.ModuleList(Layer(config, sees=True) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.claim = nn.Linear(width, 1)
-        self.region = nn.Linear(width, EMBEDDING)
-        self.word = nn.Linear(width, EMBEDDING)
-        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.offset = nn.Parameter(torch.tensor(UNLIKELY))
         initialize(self)
-        nn.init.zeros_(self.claim.weight)
         nn.init.constant_(self.claim.bias, LIKELY)
 
     def forward(
@@ -98,11 +98,21 @@ class Alignment(nn.Module):
         """Log-odds [P, T] that what each token says is there; large where there is no token."""
         picture, caption = pairs
         mask = words.mask[caption]
-        x, bias = words.tokens[caption], mask_bias(mask, words.tokens.dtype)
+        x, bias = self.ground(seen, words, pairs), mask_bias(mask, words.tokens.dtype)
         for layer in self.layers:
             x = layer(x, bias, seen[picture])
         claims = torch.as_tensor(self.claim(self.norm(x))).squeeze(-1).float()
         return claims.masked_fill(~mask, -MASKED)
+
+    def ground(self, seen: Tensor, words: Words, pairs: Tensor) -> Tensor:
+        """Tokens [P, T, D] of captions with what each finds in the picture, and how surely."""
+        picture, caption = pairs
+        regions = F.normalize(self.region(seen).float(), dim=-1)
+        terms = F.normalize(self.word(words.tokens).float(), dim=-1)
+        alike = self.scale.float().exp() * terms[caption] @ regions[picture].mT  # [P, T, N]
+        found = alike.softmax(-1).to(seen.dtype) @ seen[picture]
+        sureness = self.sureness(alike.amax(-1, keepdim=True).to(seen.dtype))
+        return torch.as_tensor(words.tokens[caption] + self.found(found) + sureness)
 
     def regions(self, seen: Tensor, points: Tensor) -> Tensor:
         """Unit embeddings [B, K, E] of the picture at points [B, K, 2], x and y in 0..1."""
@@ -119,8 +129,8 @@ class Alignment(nn.Module):
         return F.normalize(self.word(noun).float(), dim=-1)
 
     def match(self, nouns: Tensor, regions: Tensor) -> Tensor:
-        """Logits [W, R] that a region is what a noun says, from embeddings [W, E] and [R, E]."""
-        return self.scale.float().exp() * nouns @ regions.T + self.offset.float()
+        """How alike nouns and regions are, [W, R], from embeddings [W, E] and [R, E]."""
+        return torch.as_tensor(self.scale.float().exp() * nouns @ regions.T)
 
 
 class Layer(nn.Module):

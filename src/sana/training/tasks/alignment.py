@@ -1,9 +1,10 @@
 """Training the sticker alignment: does this caption hold of this picture?
 
 Pictures come in pairs that differ in one thing (`data/stickers/twins`). Each is asked about its own
-caption, its twin's and a stranger's (sigmoid loss over their scores), and each noun of a caption
-must fit the regions that show it, and no others of the whole batch. Pictures are softened as the
-detector's are. B pictures and captions, 2 n and 2 n + 1 twins; K objects, T tokens.
+caption, its twin's and a stranger's (sigmoid loss over their scores); in each, a noun's claim must
+be true where the picture has that thing, in that colour and number; and each noun must find the
+regions of the whole batch that show it. Pictures are softened as the detector's are. B pictures and
+captions, 2 n and 2 n + 1 twins; K objects, T tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sana.data.stickers.twins import CHANGES, Twins, draw_twins
 from sana.distributed import Place, unwrap
 from sana.models.alignment import Alignment, Words, score
 from sana.models.detector import fit
+from sana.models.layers import MASKED
 from sana.models.text import MiniLM, PromptTokenizer
 from sana.training.config import TrainConfig
 from sana.training.softening import soften
@@ -188,18 +190,19 @@ class AlignmentPhase:
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         count = len(batch.pictures)
-        claims, seen, words = self.module(
-            batch.pictures, batch.states, batch.mask, pairs_of(count, batch.pictures)
-        )
+        pairs = pairs_of(count, batch.pictures)
+        claims, seen, words = self.module(batch.pictures, batch.states, batch.mask, pairs)
         own, other, stranger = score(claims).chunk(3)
         # A third of the pairs is right; all three kinds weigh alike.
         pair = (F.softplus(-own) + F.softplus(other) + F.softplus(stranger)).mean()
         network = unwrap(self.module)
         assert isinstance(network, Alignment)
         region = region_loss(network, seen, words, batch, generator)
+        noun = noun_loss(claims, batch, pairs)
         return {
-            "loss": pair + REGION_WEIGHT * region,
+            "loss": pair + noun + REGION_WEIGHT * region,
             "pair": pair,
+            "noun": noun,
             "region": region,
             "told_apart": (own > other).float().mean(),
             "accuracy": torch.stack([own > 0, other < 0, stranger < 0]).float().mean(),
@@ -260,23 +263,50 @@ def pairs_of(count: int, like: Tensor) -> Tensor:
 def region_loss(
     network: Alignment, seen: Tensor, words: Words, batch: Batch, generator: torch.Generator
 ) -> Tensor:
-    """Sigmoid loss of every noun of the batch against every region, per noun (SigLIP, eq. 1).
+    """Every noun of the batch finds its regions, and every region its nouns (InfoNCE).
 
-    A region is what a noun says if it shows that concept, in the colour if one is said.
+    A region is what a noun says if it shows that concept, in the colour if one is said; of several
+    right ones the mean counts (SupCon, Khosla et al. 2020, eq. 2).
     """
     box, concept = batch.targets.box, batch.targets.concept
     centers = (box[..., :2] + box[..., 2:]) / 2
     noise = torch.rand(centers.shape, generator=generator, device=centers.device) * 2 - 1
     regions = network.regions(seen, centers + noise * JITTER).flatten(0, 1)
     nouns = network.nouns(words, batch.nouns).flatten(0, 1)
-    logits = network.match(nouns, regions)  # [B K, B K]
+    alike = network.match(nouns, regions)  # [B K, B K]
     concept, color = concept.flatten(), batch.targets.color.flatten()
     said, real = batch.said.flatten(), concept >= 0
     named = batch.nouns.any(-1).flatten() & real
     fits = (concept[:, None] == concept) & ((said[:, None] < 0) | (said[:, None] == color))
-    sign = torch.where(fits, 1.0, -1.0)
-    each = F.softplus(-sign * logits) * (named[:, None] & real)
-    return each.sum() / named.sum().clamp_min(1)
+    fits = fits & named[:, None] & real
+    return (_found(alike, fits, real) + _found(alike.T, fits.T, named)) / 2
+
+
+def _found(alike: Tensor, fits: Tensor, among: Tensor) -> Tensor:
+    """Mean over rows with a right column of -log softmax over the columns `among`."""
+    chance = alike.masked_fill(~among, MASKED).log_softmax(-1)
+    count = fits.sum(-1)
+    each = -(chance * fits).sum(-1) / count.clamp_min(1)
+    return each.sum() / (count > 0).sum().clamp_min(1)
+
+
+def noun_loss(claims: Tensor, batch: Batch, pairs: Tensor) -> Tensor:
+    """Sigmoid loss of the nouns' claims [P, T]: true where thing, stated colour and number agree.
+
+    A noun's claim is the mean over its tokens.
+    """
+    picture, caption = pairs
+    concept, color = batch.targets.concept, batch.targets.color
+    asked, said, nouns = concept[caption], batch.said[caption], batch.nouns[caption]
+    is_there = concept[picture][:, None] == asked[..., None]  # [P, nouns, objects]
+    has_color = color[picture][:, None] == said[..., None]
+    have = (is_there & ((said < 0)[..., None] | has_color)).sum(-1)
+    wanted = (asked[:, None] == asked[..., None]).sum(-1)
+    counted = nouns.any(-1) & (asked >= 0)
+    sign = torch.where(have == wanted, 1.0, -1.0)
+    share = nouns.float() / nouns.sum(-1, keepdim=True).clamp_min(1)
+    claim = (share @ claims[..., None]).squeeze(-1)
+    return (F.softplus(-sign * claim) * counted).sum() / counted.sum().clamp_min(1)
 
 
 def _color(scene: Scene, index: int) -> int:
