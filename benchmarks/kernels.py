@@ -1,0 +1,495 @@
+"""Our kernels on a GPU: are they right, how fast are they, and what do they make of a step?
+
+    python benchmarks/kernels.py                 # on a GPU, two minutes; needs torch and triton
+    python benchmarks/kernels.py --seconds 300   # more time for torch.compile
+    python benchmarks/kernels.py --only step,sweep --write report.txt
+    python benchmarks/kernels.py --tiny          # the same at small size, on a CPU, interpreted
+
+Parts, in order: `kernels` (each against the reference in fp64 on the same numbers, then timed
+against plain torch; a wrong kernel has no time), `step` (one evaluation of a transformer for two
+samples: plain torch, our kernels, a CUDA graph of them, and where the time goes before and after),
+`decode` (DC-AE at 1024 px), `sweep` (block sizes), `compile` (torch.compile for the same kernels
+and the same step). Networks have random weights at the official sizes, in bf16. A part that fails
+says so and the others go on; parts that no longer fit --seconds are left out. Kernel times are
+medians with a cold cache (triton's do_bench), the floor is the bytes that must move at 3.0 TB/s.
+The last thing printed is the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from dataclasses import replace as change
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+if "--tiny" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from sana.config import DCAEConfig, DiTConfig  # noqa: E402
+from sana.kernels import ops, reference  # noqa: E402
+from sana.kernels.reference import Branch, Row  # noqa: E402
+from sana.models.dcae import DCAE  # noqa: E402
+from sana.models.dit import LinearDiT  # noqa: E402
+from sana.pipelines.graphs import Graphs, cuda_capture  # noqa: E402
+from sana.presets import preset  # noqa: E402
+
+BANDWIDTH = 3.0e12
+BF16 = torch.bfloat16
+TEXT = 300
+PARTS = ("kernels", "step", "decode", "sweep", "compile")
+BOUND = 3e-3
+"""Relative RMS in bf16; the digits of the result alone leave 1.7e-3."""
+TOP = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A transformer's sizes, and its tokens."""
+
+    name: str
+    config: DiTConfig
+    side: int
+    batch: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One op on fixed inputs."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    call: Callable[..., Any]
+    moved: int
+    """Bytes that must move at least."""
+
+
+@dataclass
+class Bench:
+    """Where it runs, how long it may, and the rows so far."""
+
+    device: torch.device
+    is_tiny: bool
+    deadline: float
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def add(self, *cells: object) -> None:
+        """Print a row now and once more at the end."""
+        self.rows.append(tuple(str(cell) for cell in cells))
+        print("  ".join(self.rows[-1]), flush=True)
+
+
+def main() -> int:
+    """Run the parts; 1 if one failed or a kernel was wrong."""
+    options = arguments()
+    device = torch.device("cpu" if options.tiny else "cuda")
+    bench = Bench(device, options.tiny, time.monotonic() + options.seconds)
+    name = "CPU, interpreted" if options.tiny else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    failed = False
+    for part in options.only.split(","):
+        try:
+            globals()[f"run_{part}"](bench)
+        except Exception:
+            failed = True
+            bench.add(part, "FAILED", traceback.format_exc(limit=-1).strip().splitlines()[-1][:90])
+            traceback.print_exc()
+        if not options.tiny:
+            torch.cuda.empty_cache()
+    lines = ["", f"{name}, torch {torch.__version__}, ms", *table(bench.rows)]
+    print("\n".join(lines))
+    if options.write:
+        Path(options.write).write_text("\n".join(lines) + "\n")
+    return int(failed or any("WRONG" in row for row in bench.rows))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--write")
+    return parser.parse_args()
+
+
+def table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """The rows in columns."""
+    count = max((len(row) for row in rows), default=0)
+    padded = [(*row, *[""] * (count - len(row))) for row in rows]
+    widths = [max(len(row[i]) for row in padded) for i in range(count)]
+    for row in padded:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def sizes(bench: Bench) -> list[Sizes]:
+    if bench.is_tiny:
+        config = change(preset("tiny").config.dit, depth=2, head_dim=16)
+        return [Sizes(name="tiny", config=config, side=3)]
+    names = ("sana-1600m-1024", "sana-600m-1024")
+    return [Sizes(name=name, config=preset(name).config.dit, side=32) for name in names]
+
+
+def run_kernels(bench: Bench) -> None:
+    """Every op, checked and timed."""
+    bench.add("op", "error", "kernel", "plain", "floor")
+    for size in sizes(bench):
+        for case in cases(bench, size):
+            with torch.inference_mode():
+                check_and_time(bench, size, case)
+
+
+def check_and_time(bench: Bench, size: Sizes, case: Case) -> None:
+    name = f"{size.name}: {case.name}"
+    with ops.force("reference"):
+        exact = flat(case.call(*(x.double() for x in fresh(case.inputs))))
+    with ops.force("triton"):
+        got = flat(case.call(*fresh(case.inputs)))
+    error = max(rel_rms(e, g) for e, g in zip(exact, got, strict=True))
+    del exact, got
+    if not error <= BOUND * (2 if bench.is_tiny else 1):  # so that NaN is wrong too
+        bench.add(name, f"{error:.1e}", "WRONG")
+        return
+    with ops.force("triton"):
+        fast = clock(bench, lambda: case.call(*case.inputs))
+    with ops.force("reference"):
+        plain = clock(bench, lambda: case.call(*case.inputs))
+    floor = case.moved / BANDWIDTH * 1000
+    bench.add(name, f"{error:.1e}", f"{fast:.4f}", f"{plain:.4f}", f"{floor:.4f}")
+
+
+def cases(bench: Bench, size: Sizes) -> Iterator[Case]:
+    """The ops of a block, and those of the decoder's first stage once."""
+    c, b, n = size.config, size.batch, size.side**2
+    rand = Draw(bench.device)
+    qkv = rand(b, n, 3 * c.width)
+    whole = b * n * c.width * 2
+    x, y = rand(b, n, c.width), rand(b, n, c.width)
+    table_, time_ = rand(6, c.width), rand(1, 6, c.width)
+
+    def heads(qkv: Tensor) -> Tensor:
+        parts = (part.unflatten(-1, (-1, c.head_dim)) for part in qkv.chunk(3, dim=-1))
+        return ops.linear_attention(*(part.transpose(1, 2) for part in parts), eps=1e-15)
+
+    def rows(table: Tensor, times: Tensor) -> list[Row]:
+        return list(map(Row, table, times.unbind(1)))
+
+    def both(x: Tensor, y: Tensor, table: Tensor, times: Tensor) -> Any:
+        shift, scale, gate, *_ = rows(table, times)
+        return ops.add_and_modulate(x, Branch(y, gate), shift, scale)
+
+    def gate(x: Tensor, y: Tensor, table: Tensor, times: Tensor) -> Any:
+        return ops.add_branch(x, Branch(y, rows(table, times)[2]))
+
+    def norm(x: Tensor, table: Tensor, times: Tensor) -> Any:
+        return ops.modulate(x, *rows(table, times)[:2])
+
+    def pair(qkv: Tensor, weight: Tensor) -> Any:
+        q, k, _ = qkv.chunk(3, dim=-1)
+        return ops.rms_norm(q, weight, eps=1e-5), ops.rms_norm(k, weight, eps=1e-5)
+
+    yield Case(name="linear attention", inputs=(qkv,), call=heads, moved=4 * whole)
+    yield Case(name="x + gate y, norm", inputs=(x, y, table_, time_), call=both, moved=4 * whole)
+    yield Case(name="x + gate y", inputs=(x, y, table_, time_), call=gate, moved=3 * whole)
+    yield Case(name="norm", inputs=(x, table_, time_), call=norm, moved=2 * whole)
+    yield Case(name="norms of q, k", inputs=(qkv, rand(c.width)), call=pair, moved=4 * whole)
+    f = c.mlp_width
+    wide = rand(b, size.side, size.side, 2 * f)
+    taps, bias = rand(2 * f, 1, 3, 3), rand(2 * f)
+    inside = (wide, taps, bias)
+    yield Case(name="glumbconv", inputs=inside, call=ops.glu_depthwise, moved=b * n * f * 6)
+    if size is not sizes(bench)[0] and size.name == "sana-600m-1024":
+        yield from decoder_cases(rand)
+
+
+def decoder_cases(rand: Draw) -> Iterator[Case]:
+    own, other, weight = rand(1, 512, 512, 128), rand(1, 512, 512, 128), rand(128)
+
+    def norm(own: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+        if not ops.rms_norm_(own, weight, weight, other, eps=1e-5):
+            return own.copy_(reference.rms_norm(own, weight, weight, eps=1e-5) + other)
+        return own
+
+    def act(own: Tensor, weight: Tensor) -> Tensor:
+        if not ops.bias_act_(own, weight, "silu"):
+            return torch.nn.functional.silu(own.add_(weight), inplace=True)
+        return own
+
+    size = own.numel() * 2
+    yield Case(name="DC-AE norm + x", inputs=(own, other, weight), call=norm, moved=3 * size)
+    yield Case(name="DC-AE bias, SiLU", inputs=(own, weight), call=act, moved=2 * size)
+
+
+def run_step(bench: Bench) -> None:
+    """One evaluation for guidance: plain, kernels, graph; the profile before and after."""
+    bench.add("step", "error", "plain", "kernels", "graph")
+    todo = sizes(bench)
+    if not bench.is_tiny:
+        config = preset("sana-sprint-1600m-1024").config.dit
+        todo.append(Sizes(name="sana-sprint-1600m-1024", config=config, side=32, batch=1))
+    for size in todo:
+        with torch.inference_mode():
+            step = Step(bench, size)
+            step.check_and_time(with_profile=size is todo[0])
+        del step
+
+
+class Step:
+    """A transformer with random weights and its inputs."""
+
+    def __init__(self, bench: Bench, size: Sizes) -> None:
+        self.bench, self.size, c = bench, size, size.config
+        self.network = random_network(lambda: LinearDiT(c), bench.device)
+        rand = Draw(bench.device)
+        self.latent = rand(size.batch, c.latent_channels, size.side, size.side).float()
+        self.text = rand(size.batch, 5 if bench.is_tiny else TEXT, c.width)
+        self.mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=bench.device)
+        guidance = 4.5 if c.guidance_embedding else None
+        [self.moment] = self.network.embed_times(torch.tensor([0.7]), guidance).values()
+        self.prepared = self.network.prepare(self.text, self.mask)
+        self.graphs = Graphs(None if bench.is_tiny else cuda_capture())
+
+    def call(self) -> Tensor:
+        return self.network.denoise(self.latent, self.moment, self.prepared, None)
+
+    def graph(self) -> Tensor:
+        own = self.network
+        return self.graphs(own.denoise, own, self.latent, self.moment, self.prepared, None)
+
+    def check_and_time(self, *, with_profile: bool) -> None:
+        name, bench = self.size.name, self.bench
+        with ops.force("reference"):
+            plain, before = self.call(), clock(bench, self.call, is_step=True)
+        with ops.force("triton"):
+            got, kernels = self.call(), clock(bench, self.call, is_step=True)
+            self.graph()
+            replayed, after = self.graph(), clock(bench, self.graph, is_step=True)
+        exact = self.in_fp32()
+        theirs, ours = rel_rms(exact, plain), max(rel_rms(exact, x) for x in (got, replayed))
+        error = f"{ours:.1e} ({theirs:.1e} plain)"
+        if not ours <= 1.5 * theirs:
+            bench.add(name, error, "WRONG")
+            return
+        bench.add(name, error, f"{before:.2f}", f"{kernels:.2f}", f"{after:.2f}")
+        if with_profile and not bench.is_tiny:
+            with ops.force("reference"):
+                breakdown(f"{name}: plain", self.call)
+            breakdown(f"{name}: kernels in a graph", self.graph)
+
+    def in_fp32(self) -> Tensor:
+        wide = copy.deepcopy(self.network).float()
+        with ops.force("reference"):
+            prepared = wide.prepare(self.text.float(), self.mask)
+            moment = type(self.moment)(*(part.float() for part in self.moment))
+            return wide.denoise(self.latent, moment, prepared, None)
+
+
+def run_decode(bench: Bench) -> None:
+    """The decoder at 1024 px, plain and with kernels."""
+    config = tiny_decoder() if bench.is_tiny else preset("sana-1600m-1024").config.autoencoder
+    network = random_network(lambda: DCAE(config), bench.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latent = Draw(bench.device)(1, config.latent_channels, *((2, 2) if bench.is_tiny else (32, 32)))
+    bench.add("decode 1024 px", "error", "plain", "kernels", "cudnn.benchmark")
+
+    def call() -> Tensor:
+        return network.decode(latent)
+
+    with torch.inference_mode():
+        with ops.force("reference"):
+            plain, before = call(), clock(bench, call, is_step=True)
+        with ops.force("triton"):
+            got, after = call(), clock(bench, call, is_step=True)
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                call()
+                tuned = clock(bench, call, is_step=True)
+                if not bench.is_tiny:
+                    breakdown("decode: kernels", call)
+        with ops.force("reference"):
+            if not bench.is_tiny:
+                breakdown("decode: plain", call)
+            exact = network.float().decode(latent.float())
+    theirs, ours = rel_rms(exact, plain), rel_rms(exact, got)
+    error = f"{ours:.1e} ({theirs:.1e} plain)"
+    if not ours <= 1.5 * theirs:
+        bench.add("decode", error, "WRONG")
+        return
+    bench.add("decode", error, f"{before:.2f}", f"{after:.2f}", f"{tuned:.2f}")
+
+
+def tiny_decoder() -> DCAEConfig:
+    stages = tuple(
+        change(stage, width=4, depth=1, scales=())
+        for stage in preset("sana-1600m-1024").config.autoencoder.decoder[1:4]
+    )
+    return DCAEConfig(latent_channels=2, encoder=stages, decoder=stages, head_dim=4)
+
+
+def run_sweep(bench: Bench) -> None:
+    """Other block sizes than those in use."""
+    from sana.kernels import glumbconv
+    from sana.kernels import linear_attention as linear
+
+    if bench.is_tiny:
+        return
+    size = sizes(bench)[0]
+    by_name = {case.name: case for case in cases(bench, size)}
+    trials: list[tuple[str, Any, dict[str, int]]] = [
+        ("glumbconv", glumbconv, {"BLOCK_F": f, "NUM_WARPS": w, "SEGMENT": s})
+        for f, w in ((64, 1), (64, 2), (128, 2), (128, 4), (256, 4), (256, 8), (512, 8))
+        for s in (16, 32)
+    ]
+    trials += [
+        ("linear attention", linear, {"TOKENS_OF_A_PART": part, "BLOCK_N": block})
+        for part in (128, 256, 512, 1024)
+        for block in (64, 128)
+    ]
+    found: dict[str, list[tuple[float, str]]] = {}
+    for name, module, settings in trials:
+        if bench.left < 20:
+            break
+        case = by_name[name]
+        with torch.inference_mode(), ops.force("triton"), patched(module, settings):
+            took = clock(bench, lambda case=case: case.call(*case.inputs))
+        found.setdefault(name, []).append((took, str(settings)))
+    for name, times in found.items():
+        print(
+            f"sweep of {name}:", *(f"{took:.4f} {what}" for took, what in sorted(times)), sep="\n "
+        )
+        bench.add("best of sweep", name, f"{min(times)[0]:.4f}", min(times)[1])
+
+
+def run_compile(bench: Bench) -> None:
+    """torch.compile for the plain ops, and for the blocks of the step, with a graph around."""
+    if bench.is_tiny:
+        return
+    bench.add("torch.compile of plain ops", "compiled")
+    size = sizes(bench)[0]
+    with torch.inference_mode(), ops.force("reference"):
+        for case in cases(bench, size):
+            if bench.left < 20:
+                bench.add("compile", "no time left")
+                return
+            compiled = torch.compile(case.call, dynamic=False)
+            compiled(*case.inputs)
+            took = clock(bench, lambda f=compiled, case=case: f(*case.inputs))
+            bench.add(f"{size.name}: {case.name}", f"{took:.4f}")
+            del compiled
+        if bench.left < 30:
+            bench.add("compiled step", "no time left")
+            return
+        step = Step(bench, size)
+        began = time.monotonic()
+        for block in step.network.blocks:
+            block.compile(dynamic=False)
+        step.graph()
+        step.graph()
+        took, spent = clock(bench, step.graph, is_step=True), time.monotonic() - began
+        bench.add(f"{size.name}: compiled blocks in a graph", f"{took:.2f}", f"{spent:.0f} s first")
+
+
+class Draw:
+    """Normal numbers in bf16, new ones for each program run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(BF16)
+
+
+def random_network(build: Callable[[], Any], device: torch.device) -> Any:
+    """Normal weights that keep a signal's size, made on the device."""
+    with torch.device("meta"):
+        network: nn.Module = build().to(BF16).eval()
+    network.to_empty(device=device).requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
+        nn.init.normal_(parameter, std=fan**-0.5)
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+    return network
+
+
+def clock(bench: Bench, call: Callable[[], Any], *, is_step: bool = False) -> float:
+    """Median milliseconds: of a kernel with a cold cache, of a step with the host's part."""
+    if bench.is_tiny:
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * 1000
+    if not is_step:
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=10, rep=40, return_mode="median"))
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1000)
+    return statistics.median(times[2:])
+
+
+def breakdown(title: str, call: Callable[[], Any]) -> None:
+    """The costliest kernels of one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    launches = sum(event.count for event in events)
+    print(f"{title}: {total / 1000:.2f} ms on the device in {launches} launches")
+    for event in events[:TOP]:
+        print(
+            f"  {event.self_device_time_total / 1000:8.3f} ms {event.count:5d} x {event.key[:96]}"
+        )
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def patched(module: Any, settings: dict[str, int]) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in settings}
+    vars(module).update(settings)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def fresh(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [x.clone() for x in inputs]
+
+
+def flat(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def rel_rms(exact: Tensor, got: Tensor) -> float:
+    """RMS of the difference over RMS of the reference; NaN where anything is."""
+    exact = exact.double()
+    difference = got.double() - exact
+    return float(difference.square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
