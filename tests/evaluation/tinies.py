@@ -154,3 +154,36 @@ def reward_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(reward_tensors(bert_tokenizer(folder)), folder / "ImageReward.pt")
     return folder
+
+
+def segmenter_folder(folder: Path) -> Path:
+    """Mask2Former for COCO's 80 classes, sure of everything."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    torch.manual_seed(3)
+    swin: Any = SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config: Any = Mask2FormerConfig(
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        num_queries=6,
+        num_labels=80,
+    )
+    make: Any = Mask2FormerForUniversalSegmentation
+    model = make(config)
+    torch.nn.init.normal_(model.class_predictor.weight, std=3)
+    model.save_pretrained(folder)
+    return folder
