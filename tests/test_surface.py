@@ -11,6 +11,7 @@ import sana
 from sana.cli.convert import convert
 from sana.cli.data import stickers
 from sana.cli.doctor import doctor
+from sana.cli.evaluate import draw, score
 from sana.cli.generate import generate
 from sana.cli.info import info
 from sana.cli.main import VERBS
@@ -79,7 +80,7 @@ def test_request_fields() -> None:
 
 
 def test_verbs() -> None:
-    assert list(VERBS) == ["generate", "info", "convert", "data", "train", "doctor"]
+    assert list(VERBS) == ["generate", "info", "convert", "data", "train", "evaluate", "doctor"]
 
 
 def test_flags() -> None:
@@ -98,4 +99,16 @@ def test_flags() -> None:
     assert flags(convert) == ["SOURCE", "TARGET", "--to", "--dtype", "--like"]
     assert flags(train) == ["RECIPE", "OVERRIDES"]
     assert flags(doctor) == ["--memory", "--json"]
+    assert flags(draw) == [
+        *("PROMPTS", "--output", "-o", "--count", "--seed", "-s", "--negative-prompt", "-n"),
+        *("--width", "-W", "--height", "-H", "--binning"),
+        *("--steps", "--guidance", "--sampler", "--shift", "--guidance-interval"),
+        *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
+        *("--device", "--dtype", "--memory", "--offline", "--threads"),
+    ]
+    assert flags(score) == [
+        *("FOLDER", "--metrics", "--output", "-o", "--prompts", "--reference", "--questions"),
+        *("--count", "--grid", "--size", "--kid-subset"),
+        *("--features", "--clip", "--image-reward", "--detector", "--vqa", "--device", "--offline"),
+    ]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

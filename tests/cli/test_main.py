@@ -47,6 +47,11 @@ WITHOUT_TORCH = {
     "info --help": 0,
     "train --help": 0,
     "data stickers --help": 0,
+    "evaluate --help": 0,
+    "evaluate draw --help": 0,
+    "evaluate score --help": 0,
+    "evaluate score folder --metrics fid": 2,
+    "evaluate score folder --metrics fdi": 2,
     "nonsense": 2,
 }
 

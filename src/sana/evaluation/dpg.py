@@ -126,5 +126,6 @@ def _question(row: Mapping[str, str], path: Path, line: int) -> Question:
     except (ValueError, AttributeError, TypeError):
         raise RequestError(
             f"line {line} of {path} has proposition {row.get('proposition_id')!r} and dependency "
-            f"{row.get('dependency')!r}; they must be whole numbers: give dpg_bench.csv as published"
+            f"{row.get('dependency')!r}; they must be whole numbers: give the dpg_bench.csv that "
+            "was published"
         ) from None

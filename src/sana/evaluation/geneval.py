@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al. 2023): does a picture show the objects, counts, colours and places asked for?
+"""GenEval (Ghosh et al. 2023): does a picture show the things it was asked for?
 
 The rules of the published program, on what a segmenter found: `keep` is its choice of objects,
 `judge` its comparison with a line of evaluation_metadata.jsonl, `summarize` its six scores. The

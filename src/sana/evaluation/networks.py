@@ -35,7 +35,7 @@ class Published:
 
 PUBLISHED: MappingProxyType[str, Published] = MappingProxyType(
     {
-        "inception": Published(
+        "features": Published(
             name="Inception-v3 of 2015-12-05",
             sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         ),

@@ -1,7 +1,8 @@
 """Who answers questions about a picture: transformers' BLIP, fine-tuned on VQA (Li et al. 2022).
 
-DPG-Bench was published with mPLUG-large, which transformers does not have, so a score by this one is
-called "DPG-Bench (NETWORK)". Answers are made as BLIP's authors do: three beams, one to ten tokens.
+DPG-Bench was published with mPLUG-large, which transformers does not have, so a score by this one
+is called "DPG-Bench (NETWORK)". Answers are made as BLIP's authors do: three beams, at
+most ten tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""NVIDIA's original files: pickles, opened by a reader that makes tensors and nothing else.
+"""Files that exist as pickles alone, opened by a reader that makes tensors and nothing else.
 
-`sana convert` is the only user. torch's `weights_only` reader knows tensors, plain containers and
-numbers; whatever else a pickle asks for ends the reading before it happens. Start at `read_pickle`.
+`sana convert` reads others' models by it, and `sana evaluate` the networks of metrics. torch's
+`weights_only` reader knows tensors, plain containers and numbers; whatever else a pickle asks for
+ends the reading before it happens. Start at `read_pickle`.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def build_pack(
     with tempfile.TemporaryDirectory(prefix="sana-pack-") as folder:
         work = Path(folder)
         report("fetching packages")
-        archives = {name: _fetch(source, packages, work) for name, source in SOURCES.items()}
+        archives = {name: fetch(source, packages, work) for name, source in SOURCES.items()}
         report("reading names and 3D sprites")
         concepts, names = _concepts(archives["names"])
         members, pictures = _read_3d(archives["3d"], concepts)
@@ -165,7 +165,8 @@ def _run(command: list[str], folder: Path) -> None:
         )
 
 
-def _fetch(source: Source, packages: Path | None, work: Path) -> Path:
+def fetch(source: Source, packages: Path | None, work: Path) -> Path:
+    """The archive of a package, from `packages` or by npm into `work`, its SHA-256 checked."""
     archive = packages / source.file if packages else work / source.file
     if not archive.exists():
         archive = work / source.file

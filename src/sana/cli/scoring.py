@@ -1,0 +1,112 @@
+"""The flags of `sana evaluate score`, and the plan that they make."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from dataclasses import fields as fields_of
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from cyclopts import Group, Parameter
+
+if TYPE_CHECKING:
+    from sana.evaluation.plan import Plan
+
+NETWORKS = Group("Networks (a local folder or file, or a name on the hub)", sort_key=3)
+WHERE = Group("Machine", sort_key=4)
+ROLES = ("features", "clip", "image-reward", "detector", "vqa")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """Each a flag."""
+
+    metrics: Annotated[
+        list[str],
+        Parameter(
+            help="some of fid, kid, clip-score, image-reward, geneval, dpg, with commas between",
+            negative="",
+        ),
+    ]
+    output: Annotated[
+        Path | None,
+        Parameter(name=["--output", "-o"], help="folder for the record [default: the pictures']"),
+    ] = None
+    prompts: Annotated[
+        Path | None, Parameter(help="the list, if `sana evaluate draw` did not draw the folder")
+    ] = None
+    reference: Annotated[
+        Path | None, Parameter(help="fid, kid: real pictures, or for fid an .npz of statistics")
+    ] = None
+    questions: Annotated[Path | None, Parameter(help="dpg: the published dpg_bench.csv")] = None
+    count: Annotated[
+        int | None, Parameter(help="pictures each prompt must have [geneval, dpg: 4]")
+    ] = None
+    grid: Annotated[
+        int | None, Parameter(help="dpg: one picture is a 2 x 2 grid of squares with this side")
+    ] = None
+    size: Annotated[
+        int | None, Parameter(help="fid, kid: resize and crop pictures to this first")
+    ] = None
+    kid_subset: Annotated[
+        int, Parameter(name="--kid-subset", help="kid: pictures in each of 100 subsets")
+    ] = 1000
+    features: Annotated[
+        str | None, Parameter(help="fid, kid: Inception-v3's weights, or others", group=NETWORKS)
+    ] = None
+    clip: Annotated[str | None, Parameter(help="clip-score, geneval: CLIP", group=NETWORKS)] = None
+    image_reward: Annotated[
+        str | None,
+        Parameter(name="--image-reward", help="image-reward: ImageReward", group=NETWORKS),
+    ] = None
+    detector: Annotated[
+        str | None, Parameter(help="geneval: Mask2Former for COCO", group=NETWORKS)
+    ] = None
+    vqa: Annotated[str | None, Parameter(help="dpg: BLIP for questions", group=NETWORKS)] = None
+    device: Annotated[
+        str | None, Parameter(help="cpu, cuda or cuda:1 [default: cuda if there]", group=WHERE)
+    ] = None
+    offline: Annotated[bool, Parameter(help="fetch nothing", group=WHERE, negative="")] = False
+
+
+def make_plan(folder: Path, given: Mapping[str, Any]) -> Plan:
+    """The plan of the flags; the device is settled later, when torch is there."""
+    from sana.evaluation.plan import Plan, parse_metrics
+
+    flags = Scoring(**given)
+    sources = {role: getattr(flags, role.replace("-", "_")) for role in ROLES}
+    return Plan(
+        folder=folder,
+        output=flags.output or folder,
+        metrics=parse_metrics(flags.metrics),
+        sources={role: source for role, source in sources.items() if source is not None},
+        prompts=flags.prompts,
+        reference=flags.reference,
+        questions=flags.questions,
+        count=flags.count,
+        grid=flags.grid,
+        size=flags.size,
+        kid_subset=flags.kid_subset,
+        is_offline=flags.offline,
+    )
+
+
+def with_flags(
+    command: Callable[..., Any], kind: type, before: Sequence[inspect.Parameter] = ()
+) -> inspect.Signature:
+    """The command's signature with its **fields replaced by `before` and the fields of `kind`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "fields"]
+    hints = get_type_hints(kind, include_extras=True)
+    more = [
+        inspect.Parameter(
+            part.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if part.default is MISSING else part.default,
+            annotation=hints[part.name],
+        )
+        for part in fields_of(kind)
+    ]
+    return inspect.Signature([*own, *before, *more])
