@@ -100,7 +100,8 @@ class Alignment(nn.Module):
         mask = words.mask[caption]
         x, bias = self.ground(seen, words, pairs), mask_bias(mask, words.tokens.dtype)
         for layer in self.layers:
-            x = layer(x, bias, seen[picture])
+            assert isinstance(layer, Layer)
+            x = layer(x, bias, layer.prepare(seen, picture))
         claims = torch.as_tensor(self.claim(self.norm(x))).squeeze(-1).float()
         return claims.masked_fill(~mask, -MASKED)
 
@@ -109,7 +110,8 @@ class Alignment(nn.Module):
         picture, caption = pairs
         regions = F.normalize(self.region(seen).float(), dim=-1)
         terms = F.normalize(self.word(words.tokens).float(), dim=-1)
-        alike = self.scale.float().exp() * terms[caption] @ regions[picture].mT  # [P, T, N]
+        with torch.autocast(seen.device.type, enabled=False):
+            alike = self.scale.float().exp() * terms[caption] @ regions[picture].mT  # [P, T, N]
         found = alike.softmax(-1).to(seen.dtype) @ seen[picture]
         sureness = self.sureness(alike.amax(-1, keepdim=True).to(seen.dtype))
         return torch.as_tensor(words.tokens[caption] + self.found(found) + sureness)
@@ -130,7 +132,8 @@ class Alignment(nn.Module):
 
     def match(self, nouns: Tensor, regions: Tensor) -> Tensor:
         """How alike nouns and regions are, [W, R], from embeddings [W, E] and [R, E]."""
-        return torch.as_tensor(self.scale.float().exp() * nouns @ regions.T)
+        with torch.autocast(nouns.device.type, enabled=False):
+            return torch.as_tensor(self.scale.float().exp() * nouns @ regions.T)
 
 
 class Layer(nn.Module):
@@ -149,8 +152,14 @@ class Layer(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, bias: Tensor | None, seen: Tensor | None) -> Tensor:
-        """x [P, T, D], bias from `mask_bias`, seen [P, N, D] -> [P, T, D]."""
+    def prepare(self, seen: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the pictures `picture` [P] among tokens `seen` [B, N, D]."""
+        assert self.cross_attention is not None
+        keys, values = self.cross_attention.prepare(seen)
+        return keys[picture], values[picture]
+
+    def forward(self, x: Tensor, bias: Tensor | None, seen: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x [P, T, D], bias from `mask_bias`, seen from `prepare` -> [P, T, D]."""
         normed = self.self_norm(x)
         x = x + self.self_attention(normed, normed, None if bias is None else bias.to(normed.dtype))
         if self.cross_attention is not None and self.cross_norm is not None:
