@@ -48,7 +48,8 @@ from sana.pipelines.graphs import Graphs, cuda_capture  # noqa: E402
 from sana.presets import preset  # noqa: E402
 
 BANDWIDTH = 3.0e12
-BF16 = torch.bfloat16
+NARROW = torch.float16 if "--tiny" in sys.argv else torch.bfloat16
+"""Triton's interpreter has no products in bf16."""
 TEXT = 300
 PARTS = ("kernels", "step", "decode", "sweep", "compile")
 BOUND = 3e-3
@@ -209,6 +210,15 @@ def cases(bench: Bench, size: Sizes) -> Iterator[Case]:
     yield Case(name="x + gate y", inputs=(x, y, table_, time_), call=gate, moved=3 * whole)
     yield Case(name="norm", inputs=(x, table_, time_), call=norm, moved=2 * whole)
     yield Case(name="norms of q, k", inputs=(qkv, rand(c.width)), call=pair, moved=4 * whole)
+    width, text = c.width // c.cross_heads, 5 if bench.is_tiny else TEXT
+    q, k, v = (rand(b, length, c.width) for length in (n, text, text))
+    bias = torch.zeros(b, 1, 1, text, device=bench.device, dtype=NARROW)
+
+    def across(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        parts = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k, v))
+        return ops.cross_attention(*parts, bias)
+
+    yield Case(name="cross-attention", inputs=(q, k, v, bias), call=across, moved=2 * whole)
     f = c.mlp_width
     wide = rand(b, size.side, size.side, 2 * f)
     taps, bias = rand(2 * f, 1, 3, 3), rand(2 * f)
@@ -343,6 +353,7 @@ def tiny_decoder() -> DCAEConfig:
 
 def run_sweep(bench: Bench) -> None:
     """Other block sizes than those in use."""
+    from sana.kernels import cross_attention as cross
     from sana.kernels import glumbconv
     from sana.kernels import linear_attention as linear
 
@@ -360,6 +371,11 @@ def run_sweep(bench: Bench) -> None:
         for part in (128, 256, 512, 1024)
         for block in (64, 128)
     ]
+    trials += [
+        ("cross-attention", cross, {"BLOCK_N": n, "BLOCK_T": t, "NUM_WARPS": w, "NUM_STAGES": s})
+        for n, t, w, s in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2),
+                           (128, 64, 8, 3), (128, 32, 4, 3), (128, 128, 8, 2))
+    ]  # fmt: skip
     found: dict[str, list[tuple[float, str]]] = {}
     for name, module, settings in trials:
         if bench.left < 20:
@@ -405,19 +421,19 @@ def run_compile(bench: Bench) -> None:
 
 
 class Draw:
-    """Normal numbers in bf16, new ones for each program run."""
+    """Normal numbers in 16 bits, new ones for each program run."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device).to(BF16)
+        return torch.randn(shape, device=self.device).to(NARROW)
 
 
 def random_network(build: Callable[[], Any], device: torch.device) -> Any:
     """Normal weights that keep a signal's size, made on the device."""
     with torch.device("meta"):
-        network: nn.Module = build().to(BF16).eval()
+        network: nn.Module = build().to(NARROW).eval()
     network.to_empty(device=device).requires_grad_(False)
     for name, parameter in network.named_parameters():
         fan = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()

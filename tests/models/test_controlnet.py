@@ -156,4 +156,4 @@ def test_prepared_texts_give_the_same_bits(reference: Reference) -> None:
 
     own, its = network.prepare(states, MASK)
     check((own, its))
-    assert_detects(check, (own, replace(its, keys_values=its.keys_values[::-1])))
+    assert_detects(check, (own, its._replace(keys_values=its.keys_values[::-1])))

@@ -315,8 +315,8 @@ def test_a_prepared_text_gives_the_same_bits(config: DiTConfig) -> None:
 
     prepared = network.prepare(embedded, inputs.mask)
     check(prepared)
-    assert_detects(check, replace(prepared, bias=None))
-    assert_detects(check, replace(prepared, keys_values=prepared.keys_values[::-1]))
+    assert_detects(check, prepared._replace(bias=None))
+    assert_detects(check, prepared._replace(keys_values=prepared.keys_values[::-1]))
 
 
 def test_the_kernels_compute_the_same_network() -> None:

@@ -16,7 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 64
-TOKENS_OF_A_PART = 1024
+TOKENS_OF_A_PART = 256
+"""At least; few enough that all parts together fill a GPU."""
+MOST_PARTS = 8
+"""Every program of the second pass sums them up."""
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -231,7 +234,9 @@ linear_attention.register_autograd(_differentiate, setup_context=_keep)
 
 def _parts(N: int) -> tuple[int, int]:
     """How many parts the tokens are summed in, and how many tokens one has."""
-    part = min(TOKENS_OF_A_PART, triton.cdiv(N, BLOCK_N) * BLOCK_N)
+    # Powers of two, since the kernels are compiled anew for every size of a part.
+    part = max(TOKENS_OF_A_PART, triton.next_power_of_2(triton.cdiv(N, MOST_PARTS)))
+    part = min(part, triton.cdiv(N, BLOCK_N) * BLOCK_N)
     return triton.cdiv(N, part), part
 
 

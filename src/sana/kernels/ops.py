@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sana.kernels import reference
@@ -63,6 +64,17 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
             out: Tensor = fast.linear_attention(q, k, v, eps)[0]
             return out
     return reference.linear_attention(q, k, v, eps=eps)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention of q (B, H, N, D) to k and v (B, H, T, D); bias (B, 1, 1, T) on scores."""
+    if is_inference(q, k, v) and uses_triton(q):
+        from sana.kernels import cross_attention as fast
+
+        if fast.supports(q, k, v, bias):
+            out: Tensor = fast.cross_attention(q, k, v, bias)
+            return out
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def modulate(x: Tensor, shift: Row, scale: Row) -> Tensor:

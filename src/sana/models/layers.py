@@ -154,7 +154,7 @@ class CrossAttention(nn.Module):
         """x (B, N, D), text (B, T, D) or from `prepare`, bias from `mask_bias` -> (B, N, D)."""
         k, v = self.prepare(text) if isinstance(text, Tensor) else text
         q = split_heads(self.query_norm(self.query(x)), self.head_dim)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed = ops.cross_attention(q, k, v, bias)
         attended: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
 
