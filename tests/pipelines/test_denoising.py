@@ -167,3 +167,18 @@ def test_the_perturbed_block_is_the_references(name: str, reference: Reference, 
     config = with_reference(preset(name).config, reference)
     full = complete(Request(prompt="a fox", pag_scale=2.0), config, (1024, 1024))
     assert full.pag_blocks == (block,)
+
+
+def test_a_padded_text_draws_the_same(
+    pipeline: Pipeline, sprint: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where prompts of many lengths share one graph."""
+    plain = [last(one, FOX) for one in (pipeline, sprint)]
+    monkeypatch.setattr("sana.pipelines.denoising.text_block", lambda _: 16)
+
+    def check(request: Request) -> None:
+        for expected, one in zip(plain, (pipeline, sprint), strict=True):
+            assert_matches(expected, last(one, request), 2e-6)
+
+    check(FOX)
+    assert_detects(check, FOX.replace(prompt="a red dog"))

@@ -26,6 +26,8 @@ STRIP_VALUES = 2**26
 """Values that a DC-AE norm and an enlarging convolution hold at a time, as `sana.models.dcae`."""
 SINUSOIDS = 256
 GEMMA_HEAD_DIM = 256
+TEXT_BLOCK = 64
+"""Texts are padded to multiples of so many tokens on CUDA, as `sana.pipelines.denoising` does."""
 INSTRUCTION_TOKENS = 210
 """About what Gemma reads before the prompt (family-spec section 4)."""
 
@@ -147,7 +149,8 @@ def dit_work(c: DiTConfig, canvas: Canvas, factor: int, width: int) -> int:
 
 def graph_bytes(c: ModelConfig, canvas: Canvas, widths: Widths) -> int:
     """Bytes that a CUDA graph of a step holds: the step's work, and the text for every block."""
-    texts = 2 * canvas.batch * c.text.max_tokens * c.dit.width * c.dit.depth * widths.dit
+    tokens = -(-c.text.max_tokens // TEXT_BLOCK) * TEXT_BLOCK
+    texts = 2 * canvas.batch * tokens * c.dit.width * c.dit.depth * widths.dit
     return texts + dit_work(c.dit, canvas, c.autoencoder.factor, widths.dit)
 
 

@@ -9,7 +9,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sana.samplers.denoisers import Guidance, Text, borrow_mask, distilled, guided, in_groups
+from sana.samplers.denoisers import (
+    Guidance,
+    Text,
+    borrow_mask,
+    distilled,
+    guided,
+    in_groups,
+    padded,
+)
 from sana.samplers.dpm import dpm
 from sana.samplers.euler import euler
 from sana.samplers.query import Denoiser, Fresh, Query, Sampler, Step, draw_noise, run
@@ -78,6 +86,7 @@ __all__ = [
     "flow_times",
     "guided",
     "in_groups",
+    "padded",
     "run",
     "scm",
     "scm_times",

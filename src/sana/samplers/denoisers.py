@@ -84,7 +84,7 @@ def guided(
     parts = [unconditional] if how.scale != 1 and unconditional is not None else []
     parts += [conditional, conditional] if how.perturbation else [conditional]
     length = max(part.mask.shape[1] for part in parts)
-    parts = [_padded(part, length) for part in parts]
+    parts = [padded(part, length) for part in parts]
     together = _joined(parts, prepare)
     alone = _joined([conditional], prepare)
 
@@ -168,6 +168,12 @@ def borrow_mask(unconditional: Text, conditional: Text) -> Text:
     return Text(states=unconditional.states[:, :length], mask=conditional.mask)
 
 
+def padded(text: Text, length: int) -> Text:
+    """The same text with hidden tokens behind it, up to `length`."""
+    missing = length - text.mask.shape[1]
+    return Text(states=pad(text.states, (0, 0, 0, missing)), mask=pad(text.mask, (0, missing)))
+
+
 def in_groups(denoiser: Denoiser, size: int) -> Denoiser:
     """The same denoiser, asked about at most `size` latents at a time.
 
@@ -180,11 +186,6 @@ def in_groups(denoiser: Denoiser, size: int) -> Denoiser:
         return torch.cat([denoiser(latent, time) for latent, time in pairs])
 
     return denoise
-
-
-def _padded(text: Text, length: int) -> Text:
-    missing = length - text.mask.shape[1]
-    return Text(states=pad(text.states, (0, 0, 0, missing)), mask=pad(text.mask, (0, missing)))
 
 
 def _for_batch(text: Text, count: int) -> Text:
