@@ -11,7 +11,7 @@ import sana
 from sana.cli.convert import convert
 from sana.cli.data import stickers
 from sana.cli.doctor import doctor
-from sana.cli.evaluate import draw, score
+from sana.cli.evaluate import autoencoder, draw, score
 from sana.cli.generate import generate
 from sana.cli.info import info
 from sana.cli.main import VERBS
@@ -110,5 +110,9 @@ def test_flags() -> None:
         *("FOLDER", "--metrics", "--output", "-o", "--prompts", "--reference", "--questions"),
         *("--count", "--grid", "--size", "--kid-subset"),
         *("--features", "--clip", "--image-reward", "--detector", "--vqa", "--device", "--offline"),
+    ]
+    assert flags(autoencoder) == [
+        *("MODEL", "--pictures", "--output", "-o", "--size"),
+        *("--lpips", "--features", "--device", "--offline"),
     ]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

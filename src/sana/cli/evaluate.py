@@ -11,8 +11,9 @@ from cyclopts import App, Parameter
 from sana.cli.flags import parameters
 from sana.cli.generate import Machine, load_pipeline, taken
 from sana.cli.progress import open_progress
-from sana.cli.scoring import Scoring, make_plan, with_flags
+from sana.cli.scoring import Comparing, Scoring, make_plan, with_flags
 from sana.errors import RequestError
+from sana.evaluation.folders import list_pictures
 from sana.request import Request
 
 if TYPE_CHECKING:
@@ -93,6 +94,44 @@ def score(
 
 
 score.__signature__ = with_flags(score, Scoring)  # type: ignore[attr-defined]
+
+
+@evaluate.command
+def autoencoder(
+    model: Annotated[str, Parameter(help="a model's name or folder, or an autoencoder's file")],
+    /,
+    *,
+    pictures: Annotated[Path, Parameter(help="folder of pictures to encode and decode")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="folder for all that is made")],
+    size: Annotated[int, Parameter(help="side of the square that is cut out")] = 512,
+    **fields: Any,
+) -> None:
+    """PSNR and SSIM of what comes back, with --lpips LPIPS, with --features rFID.
+
+    What was rebuilt is kept, so a run that was stopped goes on.
+    """
+    list_pictures(pictures)
+    given = Comparing(**fields)
+    device = choose_device(given.device)
+    from sana.evaluation.rebuilt import Task, score_autoencoder
+
+    task = Task(
+        model=model,
+        pictures=pictures,
+        output=output,
+        size=size,
+        lpips=given.lpips,
+        features=given.features,
+        device=device,
+        is_offline=given.offline,
+    )
+    with open_progress() as progress:
+        path, text = score_autoencoder(task, Bars(progress).advance)
+    print(text)
+    print(f"\n{path}")
+
+
+autoencoder.__signature__ = with_flags(autoencoder, Comparing)  # type: ignore[attr-defined]
 
 
 def _score(plan: Any, device: str | None) -> None:

@@ -71,6 +71,22 @@ class Scoring:
     offline: Annotated[bool, Parameter(help="fetch nothing", group=WHERE, negative="")] = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparing:
+    """The networks and the machine of `sana evaluate autoencoder`, each a flag."""
+
+    lpips: Annotated[
+        str | None, Parameter(help="torchvision's vgg16-397923af.pth", group=NETWORKS)
+    ] = None
+    features: Annotated[
+        str | None, Parameter(help="Inception-v3's weights, or others", group=NETWORKS)
+    ] = None
+    device: Annotated[
+        str | None, Parameter(help="cpu, cuda or cuda:1 [default: cuda if there]", group=WHERE)
+    ] = None
+    offline: Annotated[bool, Parameter(help="fetch nothing", group=WHERE, negative="")] = False
+
+
 def make_plan(folder: Path, given: Mapping[str, Any]) -> Plan:
     """The plan of the flags; the device is settled later, when torch is there."""
     from sana.evaluation.plan import Plan, parse_metrics
