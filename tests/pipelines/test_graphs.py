@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics import assert_detects, assert_matches
-from sana.models.dit import Moment, Prepared
+from sana.config import DiTConfig
+from sana.models.dit import LinearDiT, Moment, Prepared
 from sana.pipelines.graphs import MOST, Graphs, addresses, cuda_capture
 from sana.pipelines.pipeline import Pipeline
 from sana.request import Request
@@ -58,7 +59,7 @@ def test_replays_follow_every_input() -> None:
     for step, words in enumerate([first, first, first, second, second, first]):
         inputs = (*draw(step), *words)
         assert torch.equal(graphs(network, owner, *inputs), network(*inputs))
-    assert (recorder.captured, recorder.replayed) == (1, 5)
+    assert (recorder.captured, recorder.replayed) == (1, 4)
 
 
 def test_a_text_is_copied_once_and_results_are_the_callers_own() -> None:
@@ -102,6 +103,23 @@ def test_weights_that_moved_are_captured_anew() -> None:
     assert recorder.captured == 2
 
 
+def test_a_graph_holds_what_the_network_drops_for_another_shape() -> None:
+    owner = LinearDiT(
+        DiTConfig(
+            width=32, depth=1, cross_heads=2, text_dim=4, latent_channels=2, position_scale=1.0
+        )
+    )
+    graphs = Graphs(Recorder())
+    with torch.inference_mode():
+        moment = owner.embed_times(torch.tensor([0.5]), None)[0.5]
+        words = owner.prepare(torch.randn(1, 3, 32), None)
+        for side in (2, 2, 3):
+            graphs(owner.denoise, owner, torch.randn(1, 2, side, side), moment, words, None)
+    [captured] = graphs._captured.values()
+    [(key, table)] = captured.kept
+    assert key[:2] == (2, 2) and table.shape == (2, 2, 32)
+
+
 def test_a_refused_capture_leaves_the_call_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(_call: Callable[[], Tensor]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -123,7 +141,7 @@ def test_a_pipeline_draws_the_same_with_graphs(changes: dict[str, Any]) -> None:
     pipeline = Pipeline(tiny_components())
     recorder = Recorder()
     requests = [
-        Request(prompt=prompt, steps=3).replace(**changes) for prompt in ("a fox", "a cow", "a fox")
+        Request(prompt=prompt, steps=4).replace(**changes) for prompt in ("a fox", "a cow", "a fox")
     ]
     plain = [list(pipeline.steps(request))[-1].latent for request in requests]
     pipeline._placing.graphs = Graphs(recorder)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana.errors import RequestError
 from sana.models.controlnet import Controlled
@@ -130,7 +130,7 @@ def _captured(
     """
     graphs = placing.graphs if base is components.dit else placing.new_graphs()
     if isinstance(base, Controlled):
-        return partial(graphs, base, base.base)
+        return partial(graphs, base, nn.ModuleList((base.base, base.controlnet)))
     return partial(graphs, base.denoise, base)
 
 

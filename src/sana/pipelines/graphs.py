@@ -1,9 +1,10 @@
 """A denoiser's steps as CUDA graphs: launched as one, so that the host never holds the device up.
 
-The first call with inputs of some shapes runs as usual, which also compiles its kernels; the next
-is captured, with memory of its own for its inputs, and from then on replayed. What a step changes
-is copied in every time, a text only when it is another one. Graphs hold device memory until
-`clear`; weights that have moved are noticed. Results are those of the same call without a graph.
+The first two calls with inputs of some shapes run as usual, which also compiles the kernels and
+makes what the network keeps; after the second it is captured, with memory of its own for its
+inputs, and from then on replayed. What a step changes is copied in every time, a text only when it
+is another one. Graphs hold device memory until `clear`; weights that have moved are noticed.
+Results are those of the same call without a graph.
 Start reading at `Graphs.__call__`.
 """
 
@@ -17,6 +18,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from sana.models.dit import Stem
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ class Captured:
     given: list[weakref.ref[Tensor]]
     """What was copied into `inputs` last."""
     weights: tuple[int, ...]
+    kept: list[Any]
+    """What else it reads: the position tables, which the network drops for another shape."""
 
     def is_valid(self, tensors: list[Tensor], changing: int, owner: nn.Module) -> bool:
         """Whether the weights are where they were; looked at with every new text."""
@@ -81,17 +86,14 @@ class Graphs:
         key = signature(inputs)
         found = self._captured.pop(key, None)
         tensors = list(tensors_of(inputs))
-        if found is None or not found.is_valid(tensors, changing, owner):
-            if key not in self._seen:
-                self._seen.add(key)
-                return network(latent, time, *texts, **options)
-            found = self._record(network, owner, inputs, tensors, latent.device)
-        if found is None:
-            return network(latent, time, *texts, **options)
-        self._captured[key] = found
-        while len(self._captured) > MOST:
-            del self._captured[next(iter(self._captured))]
-        return found.run(tensors, changing)
+        if found is not None and found.is_valid(tensors, changing, owner):
+            self._captured[key] = found
+            return found.run(tensors, changing)
+        result = network(latent, time, *texts, **options)
+        if key in self._seen:
+            self._record(key, network, owner, inputs, tensors)
+        self._seen.add(key)
+        return result
 
     def clear(self) -> None:
         """Give the memory back."""
@@ -99,26 +101,28 @@ class Graphs:
 
     def _record(
         self,
+        key: Any,
         network: Callable[..., Tensor],
         owner: nn.Module,
         inputs: Any,
         tensors: list[Tensor],
-        device: torch.device,
-    ) -> Captured | None:
-        """A new graph, or None, for good, where the device or the network does not allow one."""
+    ) -> None:
+        """Keep a new graph, or give up for good where device or network do not allow one."""
         assert self._capture is not None
-        places = [tensor.to(device, copy=True) for tensor in tensors]
-        own = iter(places)
-        latent, time, texts, options = replaced(inputs, own)
+        places = [tensor.to(inputs[0].device, copy=True) for tensor in tensors]
+        latent, time, texts, options = replaced(inputs, iter(places))
         try:
             replay, output = self._capture(lambda: network(latent, time, *texts, **dict(options)))
         except RuntimeError as error:
             logger.warning("no CUDA graph of a step (%s); steps run one operation at a time", error)
             self._capture = None
             self.clear()
-            return None
+            return
         given = [weakref.ref(tensor) for tensor in tensors]
-        return Captured(replay, output, places, given, addresses(owner))
+        kept = [module._positions for module in owner.modules() if isinstance(module, Stem)]
+        self._captured[key] = Captured(replay, output, places, given, addresses(owner), kept)
+        while len(self._captured) > MOST:
+            del self._captured[next(iter(self._captured))]
 
 
 def cuda_capture() -> Capture:
@@ -127,7 +131,8 @@ def cuda_capture() -> Capture:
 
     def capture(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may go on using the device.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = call()
         return graph.replay, output
 
