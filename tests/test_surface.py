@@ -12,6 +12,7 @@ from sana.cli.convert import convert
 from sana.cli.data import stickers
 from sana.cli.doctor import doctor
 from sana.cli.evaluate import autoencoder, draw, score
+from sana.cli.evaluate import stickers as exam
 from sana.cli.generate import generate
 from sana.cli.info import info
 from sana.cli.main import VERBS
@@ -114,5 +115,10 @@ def test_flags() -> None:
     assert flags(autoencoder) == [
         *("MODEL", "--pictures", "--output", "-o", "--size"),
         *("--lpips", "--features", "--device", "--offline"),
+    ]
+    assert flags(exam) == [
+        *("MODEL", "--output", "-o", "--detector", "--pack"),
+        *("--count", "--seeds", "--case-seed", "--seen", "--features"),
+        *("--steps", "--guidance", "--shift", "--sampler", "--batch", "--cache", "--device"),
     ]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from sana.cli.flags import parameters
 from sana.cli.generate import Machine, load_pipeline, taken
 from sana.cli.progress import open_progress
-from sana.cli.scoring import Comparing, Scoring, make_plan, with_flags
+from sana.cli.scoring import Comparing, Examining, Scoring, make_plan, with_flags
 from sana.errors import RequestError
 from sana.evaluation.folders import list_pictures
 from sana.request import Request
@@ -132,6 +132,36 @@ def autoencoder(
 
 
 autoencoder.__signature__ = with_flags(autoencoder, Comparing)  # type: ignore[attr-defined]
+
+
+@evaluate.command
+def stickers(
+    model: Annotated[str, Parameter(help="a model's name or folder")] = "sticker-512",
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="folder for all that is made")],
+    detector: Annotated[
+        Path, Parameter(help="detector.safetensors of `sana train sticker-detector`")
+    ],
+    pack: Annotated[Path, Parameter(help="the pack of `sana data stickers`")],
+    **fields: Any,
+) -> None:
+    """Judge a sticker model on held-out prompts, beside seen ones and the judge's own accuracy.
+
+    What was drawn is kept, so a run that was stopped goes on.
+    """
+    given = Examining(**fields)
+    device = choose_device(given.device)
+    from sana.evaluation.exam import score_stickers
+
+    exam = given.exam(model, str(detector), str(pack), output, device)
+    with open_progress() as progress:
+        path, text = score_stickers(exam, Bars(progress).advance)
+    print(text)
+    print(f"\n{path}")
+
+
+stickers.__signature__ = with_flags(stickers, Examining)  # type: ignore[attr-defined]
 
 
 def _score(plan: Any, device: str | None) -> None:

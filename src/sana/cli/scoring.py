@@ -1,4 +1,4 @@
-"""The flags of `sana evaluate score`, and the plan that they make."""
+"""The flags of `sana evaluate`: what is scored by which networks, and the plans they make."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from cyclopts import Group, Parameter
 
 if TYPE_CHECKING:
+    from sana.evaluation.exam import Exam
     from sana.evaluation.plan import Plan
 
 NETWORKS = Group("Networks (a local folder or file, or a name on the hub)", sort_key=3)
@@ -85,6 +86,55 @@ class Comparing:
         str | None, Parameter(help="cpu, cuda or cuda:1 [default: cuda if there]", group=WHERE)
     ] = None
     offline: Annotated[bool, Parameter(help="fetch nothing", group=WHERE, negative="")] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examining:
+    """What `sana evaluate stickers` draws and how, each a flag."""
+
+    count: Annotated[int, Parameter(help="held-out prompts, six kinds in turn")] = 600
+    seeds: Annotated[int, Parameter(help="pictures of each prompt")] = 4
+    case_seed: Annotated[int, Parameter(name="--case-seed", help="chooses the prompts")] = 1
+    seen: Annotated[bool, Parameter(help="draw prompts of what training showed, too")] = True
+    features: Annotated[
+        list[str] | None,
+        Parameter(help="for Frechet distances to renders; may repeat", negative=""),
+    ] = None
+    steps: Annotated[int | None, Parameter(help="[default: the model's own]")] = None
+    guidance: Annotated[float | None, Parameter(help="[default: the model's own]")] = None
+    shift: Annotated[float | None, Parameter(help="[default: the model's own]")] = None
+    sampler: Annotated[str | None, Parameter(help="[default: the model's own]")] = None
+    batch: Annotated[int, Parameter(help="pictures that are drawn at once")] = 50
+    cache: Annotated[Path | None, Parameter(help="folder that keeps the rasterized pack")] = None
+    device: Annotated[
+        str | None, Parameter(help="cpu, cuda or cuda:1 [default: cuda if there]", group=WHERE)
+    ] = None
+
+    def exam(self, model: str, detector: str, pack: str, output: Path, device: str) -> Exam:
+        """The exam, on a device that is there."""
+        from sana.evaluation.exam import Exam
+        from sana.evaluation.sample import Settings
+
+        return Exam(
+            model=model,
+            detector=detector,
+            pack=pack,
+            output=output,
+            count=self.count,
+            seeds=self.seeds,
+            case_seed=self.case_seed,
+            has_seen=self.seen,
+            features=tuple(self.features or ()),
+            settings=Settings(
+                steps=self.steps,
+                guidance=self.guidance,
+                shift=self.shift,
+                sampler=self.sampler,
+                batch=self.batch,
+            ),
+            cache=self.cache,
+            device=device,
+        )
 
 
 def make_plan(folder: Path, given: Mapping[str, Any]) -> Plan:

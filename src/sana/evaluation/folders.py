@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sana.errors import RequestError
+from sana.evaluation.report import write_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOCK = ".sana-lock"
@@ -35,6 +37,22 @@ def list_pictures(folder: Path) -> list[Path]:
             "folders"
         )
     return paths
+
+
+def agree(path: Path, head: dict[str, Any]) -> None:
+    """Write what a run makes to `path`; `RequestError` where another run's is there already."""
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise RequestError(f"{path} cannot be read; choose another --output") from None
+        for name, value in head.items():
+            if earlier.get(name) != value:
+                raise RequestError(
+                    f"{path.parent} holds a run with other {name} ({earlier.get(name)}, now "
+                    f"{value}); choose another --output"
+                )
+    write_json(path, head)
 
 
 @contextlib.contextmanager

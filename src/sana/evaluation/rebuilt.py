@@ -7,7 +7,6 @@ that was stopped goes on and everything can be looked at. Start reading at `scor
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from sana.errors import CheckpointError, MissingExtra, NumericsError, RequestError
 from sana.evaluation.distances import ROUNDS, frechet_interval, moments
 from sana.evaluation.features import fingerprint, folder_features, load_extractor
-from sana.evaluation.folders import list_pictures, one_at_a_time
+from sana.evaluation.folders import agree, list_pictures, one_at_a_time
 from sana.evaluation.networks import Network, find_network, read_weights
 from sana.evaluation.notes import Notes
 from sana.evaluation.plan import SEED, Report
 from sana.evaluation.record import Score, write_record
-from sana.evaluation.report import Labelled, bootstrap, contact_sheet, write_json
+from sana.evaluation.report import Labelled, bootstrap, contact_sheet
 from sana.evaluation.sight import cropped, open_picture
 from sana.models.dcae import DCAE
 from sana.models.lpips import Lpips, from_published
@@ -161,7 +160,7 @@ def _networks(task: Task) -> tuple[tuple[Lpips, Network] | None, Any]:
 @torch.inference_mode()
 def _rebuild(task: Task, model: DCAE, paths: Sequence[Path], report: Report) -> list[_Pair]:
     head = {"weights": weights_of(model), "size": task.size, "pictures": fingerprint(paths)}
-    _agree(task.output / "rebuilt.json", head)
+    agree(task.output / "rebuilt.json", head)
     pairs = []
     for path in paths:
         name = f"{path.relative_to(task.pictures)}.png"
@@ -181,22 +180,6 @@ def _rebuild(task: Task, model: DCAE, paths: Sequence[Path], report: Report) -> 
         pairs.append(pair)
         report("rebuilding", 1, len(paths))
     return pairs
-
-
-def _agree(path: Path, head: dict[str, Any]) -> None:
-    """Refuse an output that holds another model's pictures, or others."""
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise RequestError(f"{path} cannot be read; choose another --output") from None
-        for name, value in head.items():
-            if earlier.get(name) != value:
-                raise RequestError(
-                    f"{path.parent} holds a run with other {name} ({earlier.get(name)}, now "
-                    f"{value}); choose another --output"
-                )
-    write_json(path, head)
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ CHUNK = 100
 """Pictures that are held at full size at once."""
 THUMBNAIL = 160
 _STREAM = 0x7A57E
-_SEED_STRIDE = 1000
+SEED_STRIDE = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def evaluate_prompts(
     """Draw each case once for each seed and judge the pictures; `write` the result to `folder`."""
     verdicts: list[Verdict] = []
     thumbnails: list[Tensor] = []
-    jobs = [(case, seed + _SEED_STRIDE * i) for seed in seeds for i, case in enumerate(cases)]
+    jobs = [(case, seed + SEED_STRIDE * i) for seed in seeds for i, case in enumerate(cases)]
     for start in range(0, len(jobs), CHUNK):
         part = jobs[start : start + CHUNK]
         pictures = draw([case.prompt for case, _ in part], [seed for _, seed in part])
