@@ -26,6 +26,7 @@ from sana.models.dcae import (
     channels_last,
     repeat_channels,
     shuffle,
+    transposed,
     unshuffle,
 )
 from sana.presets import AUTOENCODERS, PRESETS
@@ -304,3 +305,32 @@ def test_the_kernels_compute_the_same_decoder() -> None:
         check(network)
         network.decoder.stages[0][1].first.bias.data.mul_(1.05)
         assert_detects(check, network)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5)])
+def test_enlarging_and_convolving_is_one_transposed_convolution(height: int, width: int) -> None:
+    x, weight = draw(2, 4, height, width), draw(3, 4, 3, 3, seed=1)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+
+    def check(kernel: Tensor) -> None:
+        got = F.conv_transpose2d(x, kernel, stride=2, padding=1)
+        assert_matches(expected, got, 2e-15)  # floor 2e-16
+
+    check(transposed(weight))
+    assert_detects(check, transposed(weight).flip(2))
+
+
+@pytest.mark.parametrize(("dim", "out"), [(8, 8), (8, 4), (8, 2)])
+def test_the_kernel_of_the_shortcut_is_the_shuffle(dim: int, out: int) -> None:
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    own, x, bias = draw(2, out, 4, 6).float(), draw(2, dim, 2, 3, seed=1).float(), draw(out).float()
+    expected = own + bias[:, None, None] + shuffle(repeat_channels(x, 4 * out))
+
+    def check(x: Tensor) -> None:
+        rows = own.permute(0, 2, 3, 1).contiguous()
+        with ops.force("triton"), torch.inference_mode():
+            assert ops.add_repeated_(rows, x.permute(0, 2, 3, 1).contiguous(), bias)
+        assert_matches(expected, rows.permute(0, 3, 1, 2), 1e-6)  # floor 5e-8
+
+    check(x)
+    assert_detects(check, x.roll(1, dims=1))

@@ -156,6 +156,21 @@ def bias_act_(own: Tensor, bias: Tensor, activation: Activation) -> bool:
     return True
 
 
+def add_repeated_(own: Tensor, x: Tensor, bias: Tensor) -> bool:
+    """own (B, H, W, C) += bias + x's channels (B, H/2, W/2, I), repeated and shuffled, in place.
+
+    4 C is a multiple of I; cell (2i + a, 2j + b), channel c reads x's cell (i, j), channel
+    (4 c + 2 a + b) I / 4 C. False as in `rms_norm_`.
+    """
+    dense = own.is_contiguous() and x.is_contiguous() and 4 * own.shape[3] % x.shape[3] == 0
+    if not dense or not _fuses(own, x, bias):
+        return False
+    from sana.kernels import resample
+
+    resample.add_repeated_(own, x, bias)
+    return True
+
+
 def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.glu_depthwise`; weight (2F, 1, 3, 3). Gives x away."""
     if is_inference(x, weight, bias) and uses_triton(x):

@@ -27,6 +27,14 @@ from sana.kernels import ops
 from sana.kernels.ops import linear_attention
 from sana.kernels.reference import quadratic_attention
 from sana.models.layers import GLUMBConv, split_heads
+from sana.models.resampling import (
+    average_channels,
+    channels_last,
+    repeat_channels,
+    shuffle,
+    transposed,
+    unshuffle,
+)
 
 ATTENTION_EPS = 1e-15
 NORM_VALUES = 2**22
@@ -263,10 +271,29 @@ class Up(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.shuffles:
             main = shuffle(self.conv(x))
+        elif self._is_one_convolution(x):
+            return self._enlarge_at_once(x)
         elif torch.is_grad_enabled() or 4 * x.numel() <= STRIP_VALUES:
             main = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         else:
             main = self._enlarge_in_strips(x)
+        return self._add_shortcut(main, x) if self.has_shortcut else main
+
+    def _is_one_convolution(self, x: Tensor) -> bool:
+        """On a GPU without gradients, and where cuDNN can count the result's values."""
+        results = 4 * x.numel() // x.shape[1] * self.out
+        is_free = ops.is_inference(x, self.conv.weight)
+        return is_free and ops.uses_triton(x) and results < 2**31
+
+    def _enlarge_at_once(self, x: Tensor) -> Tensor:
+        """Nearest and convolution as one transposed convolution, which needs no enlarged map."""
+        bias = self.conv.bias
+        assert bias is not None
+        main = F.conv_transpose2d(x, transposed(self.conv.weight), stride=2, padding=1)
+        rows = main.permute(0, 2, 3, 1)
+        if self.has_shortcut and ops.add_repeated_(rows, x.permute(0, 2, 3, 1), bias):
+            return main
+        main = main.add_(bias[:, None, None])
         return self._add_shortcut(main, x) if self.has_shortcut else main
 
     def _enlarge_in_strips(self, x: Tensor) -> Tensor:
@@ -374,34 +401,3 @@ def normed_sum(norm: nn.Module, own: Tensor, residual: Tensor) -> Tensor:
         if ops.rms_norm_(rows, norm.weight, norm.bias, others, eps=norm.eps):
             return own
     return add(norm(own), residual)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same map in channels-last memory."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def unshuffle(x: Tensor) -> Tensor:
-    """Pixel unshuffle by 2, (B, C, 2H, 2W) -> (B, 4C, H, W), written channels last."""
-    x = torch.unflatten(x.permute(0, 2, 3, 1), 2, (-1, 2))
-    x = torch.unflatten(x, 1, (-1, 2))  # (B, H, 2, W, 2, C)
-    return x.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2)
-
-
-def shuffle(x: Tensor) -> Tensor:
-    """Pixel shuffle by 2, (B, 4C, H, W) -> (B, C, 2H, 2W), written channels last."""
-    x = torch.unflatten(x.permute(0, 2, 3, 1), -1, (-1, 2, 2))  # (B, H, W, C, 2, 2)
-    return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-
-
-def average_channels(x: Tensor, channels: int) -> Tensor:
-    """Means over consecutive channels, so that `channels` are left."""
-    groups = torch.unflatten(x.permute(0, 2, 3, 1), -1, (channels, -1))
-    return groups.mean(dim=-1).permute(0, 3, 1, 2)
-
-
-def repeat_channels(x: Tensor, channels: int) -> Tensor:
-    """Each channel repeated in place, up to `channels`."""
-    repeats = channels // x.shape[1]
-    x = x.permute(0, 2, 3, 1).unsqueeze(-1).expand(-1, -1, -1, -1, repeats)
-    return x.flatten(-2).permute(0, 3, 1, 2)

@@ -1,0 +1,52 @@
+"""Doubling a map's resolution in the DC-AE decoder (arXiv 2410.10733), forward only.
+
+Nearest-neighbor enlargement and a 3x3 convolution see each input cell in at most 2x2 places for
+every output cell, so they are a transposed convolution of 4x4 taps and stride 2: 4/9 of the
+products, and no enlarged map in memory. Its bias and the shortcut, whose channels are repeated and
+shuffled to places, are then added in one pass in place.
+
+Shape letters: B batch, C channels of the result, K of the input, H W the result's grid, M cells.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096
+
+
+@triton.jit
+def _add_repeated(
+    own_ptr, x_ptr, bias_ptr, M, C, K, W, REPEATS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS cells of the result; channel c at place p of a 2x2 reads channel (4 c + p) / REPEATS."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    inside = (m < M)[:, None] & (c < C)[None, :]
+    column, row = m % W, m // W
+    # An even height keeps the halves of one picture apart from the next.
+    source = row // 2 * (W // 2) + column // 2
+    place = row % 2 * 2 + column % 2
+    channel = (4 * c[None, :] + place[:, None]) // REPEATS
+    at = m[:, None] * C + c[None, :]
+    own = tl.load(own_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    own += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    own += tl.load(x_ptr + source[:, None] * K + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(own_ptr + at, own.to(own_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("sana::add_repeated_", mutates_args={"own"})
+def add_repeated_(own: Tensor, x: Tensor, bias: Tensor) -> None:
+    """own (B, H, W, C) += bias (C,) + x (B, H/2, W/2, K) with each channel 4 C / K times."""
+    W, C = own.shape[2:]
+    M = own.numel() // C
+    block = triton.next_power_of_2(C)
+    rows = max(1, TILE // block)
+    _add_repeated[(triton.cdiv(M, rows),)](
+        own, x, bias, M, C, x.shape[3], W, REPEATS=4 * C // x.shape[3],
+        ROWS=rows, BLOCK=block, num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""How the DC-AE's maps change resolution and channels: shuffles, averages, repeats (2410.10733).
+
+Maps are (B, C, H, W) in channels-last memory, which every function here writes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same map in channels-last memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def unshuffle(x: Tensor) -> Tensor:
+    """Pixel unshuffle by 2, (B, C, 2H, 2W) -> (B, 4C, H, W), written channels last."""
+    x = torch.unflatten(x.permute(0, 2, 3, 1), 2, (-1, 2))
+    x = torch.unflatten(x, 1, (-1, 2))  # (B, H, 2, W, 2, C)
+    return x.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    """Pixel shuffle by 2, (B, 4C, H, W) -> (B, C, 2H, 2W), written channels last."""
+    x = torch.unflatten(x.permute(0, 2, 3, 1), -1, (-1, 2, 2))  # (B, H, W, C, 2, 2)
+    return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def average_channels(x: Tensor, channels: int) -> Tensor:
+    """Means over consecutive channels, so that `channels` are left."""
+    groups = torch.unflatten(x.permute(0, 2, 3, 1), -1, (channels, -1))
+    return groups.mean(dim=-1).permute(0, 3, 1, 2)
+
+
+def repeat_channels(x: Tensor, channels: int) -> Tensor:
+    """Each channel repeated in place, up to `channels`."""
+    repeats = channels // x.shape[1]
+    x = x.permute(0, 2, 3, 1).unsqueeze(-1).expand(-1, -1, -1, -1, repeats)
+    return x.flatten(-2).permute(0, 3, 1, 2)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """3x3 after nearest enlargement by 2 (out, in, 3, 3) -> 4x4 at stride 2 (in, out, 4, 4).
+
+    Along each side an output cell sees one input cell through one tap and its neighbor through the
+    sum of the other two.
+    """
+    side = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    taps = torch.einsum("ap,bq->pqab", side, side).flatten(2).flatten(0, 1)  # (9, 16)
+    summed = (weight.flatten(2) @ taps).unflatten(-1, (4, 4))
+    return channels_last(summed.transpose(0, 1))
