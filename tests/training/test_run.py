@@ -50,6 +50,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     ),
     "sticker-detector": ("data.batch=1",),
     "sticker-alignment": ("data.batch=2",),
+    "sticker-traits": ("data.batch=2",),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sana.config import from_json, to_json
 from sana.errors import TrainingError
 
-TaskName = Literal["autoencoder", "grounding", "flow", "detector", "alignment"]
+TaskName = Literal["autoencoder", "grounding", "flow", "detector", "alignment", "traits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

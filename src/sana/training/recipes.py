@@ -189,6 +189,17 @@ def sticker_alignment() -> TrainConfig:
     )
 
 
+def sticker_traits() -> TrainConfig:
+    """The judge of a sticker's style and of a portrait's attributes."""
+    return replace(
+        sticker_detector(),
+        recipe="sticker-traits",
+        task="traits",
+        steps=800,
+        data=DataConfig(size=256, batch=256, workers=8),
+    )
+
+
 RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
     {
         "sticker-autoencoder": sticker_autoencoder,
@@ -200,6 +211,7 @@ RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
         "sticker-512": sticker_512,
         "sticker-detector": sticker_detector,
         "sticker-alignment": sticker_alignment,
+        "sticker-traits": sticker_traits,
     }
 )
 

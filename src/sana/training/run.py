@@ -51,6 +51,10 @@ def make_task(config: TrainConfig, place: Place) -> Task:
         return _flow(config, model, studio, place)
     if config.task == "alignment":
         return _alignment(config, model, studio, place)
+    if config.task == "traits":
+        from sana.training.tasks.traits import TraitsTask
+
+        return TraitsTask(config, studio, place)
     return _detector(config, studio, place)
 
 

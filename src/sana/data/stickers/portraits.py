@@ -5,6 +5,7 @@ The words come from `Avatar.attributes`; the slot "hair_color" is the colour of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from sana.data.stickers import backgrounds
@@ -43,6 +44,30 @@ def portrait_caption(dice: Dice, avatar: Avatar, background: Background | None) 
     if 0.5 < form < 0.75:
         text = f"{text}, {look}{dice.pick((' style', ''))}"
     return finish(dice, text, ())
+
+
+def said(caption: str, avatar: Avatar) -> dict[str, str]:
+    """The attributes that a caption of `avatar` states, by slot; colours are slots of their own.
+
+    "person" is not among them where the caption says no more than "person".
+    """
+    text, found = caption.lower(), {}
+    for slot, words in avatar.attributes.items():
+        if slot.endswith("_color") or words == "person":
+            continue
+        phrase = f"{words}-skinned" if slot == "skin" else phrase_of(avatar, slot)
+        if phrase is not None and re.search(rf"(?<![\w-]){re.escape(phrase)}(?![\w-])", text):
+            found[slot] = words
+            if (color := avatar.attributes.get(f"{slot}_color")) is not None:
+                found[f"{slot}_color"] = color
+    return found
+
+
+def phrase_of(avatar: Avatar, slot: str) -> str | None:
+    """How captions call an attribute, in small letters; None where the portrait lacks it."""
+    if slot not in avatar.attributes:
+        return None
+    return trait(avatar.attributes, slot, article=False).lower()
 
 
 def trait(words: Mapping[str, str], slot: str, *, article: bool = True) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from sana.data.stickers import backgrounds
 from sana.data.stickers.compose import Composer, Thing
-from sana.data.stickers.portraits import trait
+from sana.data.stickers.portraits import phrase_of, said
 from sana.data.stickers.scene import INVERSE, SLOTS, Dice, Kind, Relation, Scene, Split, Task
 from sana.data.stickers.world import Avatar
 from sana.errors import TrainingError
@@ -235,24 +235,16 @@ def _change_portrait(dice: Dice, composer: Composer, first: Scene) -> Twins | No
     return Twins(first=first, second=second, change="portrait")
 
 
-def _denies(caption: str, said: Avatar, other: Avatar) -> bool:
-    """Whether the caption of `said` names an attribute that `other` has not, or has otherwise."""
-    text = caption.lower()
-    for slot, words in said.attributes.items():
+def _denies(caption: str, avatar: Avatar, other: Avatar) -> bool:
+    """Whether the caption of `avatar` names an attribute that `other` has not, or has otherwise."""
+    for slot in said(caption, avatar):
         if slot.endswith("_color") or slot == "skin":
             continue
-        phrase = trait(said.attributes, slot, article=False).lower()
-        if phrase in text and phrase != _phrase(other, slot):
-            # A person may be a man or a woman.
-            if slot != "person" or "person" not in (words, other.attributes.get(slot)):
-                return True
+        # A person may be a man or a woman.
+        is_open = slot == "person" and other.attributes.get(slot) == "person"
+        if phrase_of(avatar, slot) != phrase_of(other, slot) and not is_open:
+            return True
     return False
-
-
-def _phrase(avatar: Avatar, slot: str) -> str | None:
-    if slot not in avatar.attributes:
-        return None
-    return trait(avatar.attributes, slot, article=False).lower()
 
 
 _CHANGERS: MappingProxyType[Change, Callable[[Dice, Composer, list[Thing]], list[Thing] | None]] = (
