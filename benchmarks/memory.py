@@ -135,10 +135,11 @@ def cold_start(folder: Path, picture: str = "cold.png") -> dict[str, float]:
     """Seconds from starting `sana generate` to its first step, and to its end."""
     line = ["generate", PROMPT, "--model", str(folder / "medium"), "--seed", "7"]
     line += ["--output", str(folder / picture)]
+    path = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     began = time.time()
     done = subprocess.run(
         [sys.executable, "-c", COLD_START, *line],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         check=False,
