@@ -37,14 +37,20 @@ PROMPT = "a red fox in the snow"
 COLD_START_BAR = 8.0
 COLD_START = """
 import sys, time
+def mark(what):
+    print("mark", what, time.time(), flush=True)
+mark("python")
 from sana.cli.main import main
+import torch
 from sana.pipelines.pipeline import Pipeline
+mark("import")
 plain = Pipeline.steps
 def steps(self, *inputs):
-    for step in plain(self, *inputs):
+    mark("load")
+    for number, step in enumerate(plain(self, *inputs), start=1):
         step.latent.sum().item()
-        print("first step", time.time())
-        sys.stdout.flush()
+        if number <= 3:
+            mark(f"step_{number}")
         yield step
 Pipeline.steps = steps
 sys.exit(main(sys.argv[1:]))
@@ -146,8 +152,9 @@ def cold_start(folder: Path, picture: str = "cold.png") -> dict[str, float]:
     )
     if done.returncode:
         raise SystemExit(f"sana generate failed: {done.stderr}")
-    first = next(line for line in done.stdout.splitlines() if line.startswith("first step"))
-    return {"first_step": float(first.split()[-1]) - began, "end": time.time() - began}
+    ended = time.time()
+    marks = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("mark ")]
+    return {**{what: float(when) - began for what, when in marks}, "end": ended - began}
 
 
 def write_models(
@@ -162,7 +169,6 @@ def write_models(
     from sana.models.dit import LinearDiT
     from sana.models.gemma import GemmaDecoder
     from sana.presets import preset
-    from sana.weights.files import to_bytes
 
     gemma = TINY if is_tiny else GemmaConfig()
     medium = preset("sana-1600m-1024-bf16").config
@@ -178,19 +184,28 @@ def write_models(
         target.mkdir()
         header = {"config": to_json(config)}
         file = target / "transformer-00001-of-00001.safetensors"
-        file.write_bytes(to_bytes(transformer, {**header, "digest": "random"}))
-        (target / "autoencoder.safetensors").write_bytes(to_bytes(autoencoder, header))
+        _write(file, transformer, {**header, "digest": "random"})
+        _write(target / "autoencoder.safetensors", autoencoder, header)
     text = folder / "medium" / "text"
     text.mkdir()
-    (text / "model.safetensors").write_bytes(
-        to_bytes(random_state(lambda: GemmaDecoder(gemma)), {"format_of": "transformers"})
-    )
+    states = random_state(lambda: GemmaDecoder(gemma))
+    _write(text / "model.safetensors", states, {"format_of": "transformers"})
     (text / "config.json").write_text(json.dumps(_gemma_json(gemma)))
     (text / "tokenizer.json").write_text(gemma_tokenizer())
     if "large" in names:
         (folder / "large" / "text").symlink_to(text, target_is_directory=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _write(path: Path, tensors: dict[str, Any], header: dict[str, Any]) -> None:
+    """A weight file, straight to the disk: `to_bytes` would hold three copies of it."""
+    import safetensors.torch
+
+    from sana.weights.files import FORMAT, HEADER_KEY
+
+    text = json.dumps({"format": FORMAT, **header}, default=str)
+    safetensors.torch.save_file(tensors, path, metadata={HEADER_KEY: text})
 
 
 def random_state(make: Any) -> dict[str, Any]:
@@ -246,9 +261,10 @@ def page(
         yield f"- {case.name}: {got['plan']}."
     yield ""
     yield (
-        f"Cold start of `sana generate`, to the first step: {cold['first_step']:.1f} s "
+        f"Cold start of `sana generate`, to the first step: {cold['step_1']:.1f} s "
         f"(at most {COLD_START_BAR:g}); to the file: {cold['end']:.1f} s."
     )
+    yield "Seconds from the start: " + ", ".join(f"{k} {v:.1f}" for k, v in cold.items()) + "."
     yield ""
     yield "All bars held." if not failures else "Missed: " + "; ".join(failures) + "."
 
@@ -267,8 +283,8 @@ def _failures(
             yield f"{case.name}: no GPU, so no peak"
         elif case.bar is not None and got["peak"] > case.bar * GIB:
             yield f"{case.name}: {_gib(got['peak'])} GiB"
-    if cold["first_step"] > COLD_START_BAR:
-        yield f"cold start {cold['first_step']:.1f} s"
+    if cold["step_1"] > COLD_START_BAR:
+        yield f"cold start {cold['step_1']:.1f} s"
 
 
 def _in_own_process(index: int, folder: Path, options: Any) -> dict[str, Any]:
