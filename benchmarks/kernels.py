@@ -364,7 +364,7 @@ def run_sweep(bench: Bench) -> None:
     by_name = {case.name: case for case in cases(bench, size)}
     trials: list[tuple[str, Any, dict[str, int]]] = [
         ("glumbconv", glumbconv, {"BLOCK_F": f, "NUM_WARPS": w, "SEGMENT": s})
-        for f, w in ((64, 1), (64, 2), (128, 2), (128, 4), (256, 4), (256, 8), (512, 8))
+        for f, w in ((64, 1), (128, 1), (128, 2), (256, 2), (256, 4), (512, 4), (512, 8))
         for s in (16, 32)
     ]
     trials += [
