@@ -47,8 +47,8 @@ def test_only_a_detector_is_loaded(tmp_path: Path) -> None:
     write_whole({path: to_bytes({"a": torch.zeros(1)}, {"kind": "other"})})
     with pytest.raises(CheckpointError, match="'other', not a detector"):
         load_judge("sticker", str(path))
-    with pytest.raises(RequestError, match="judge is 'clip'; known are sticker"):
-        load_judge("clip", str(path))
+    with pytest.raises(RequestError, match="judge is 'clap'; known are sticker"):
+        load_judge("clap", str(path))
 
 
 def test_a_judge_has_the_shape_of_one() -> None:

@@ -187,3 +187,55 @@ def segmenter_folder(folder: Path) -> Path:
     torch.nn.init.normal_(model.class_predictor.weight, std=3)
     model.save_pretrained(folder)
     return folder
+
+
+def verifier_folder(folder: Path, *, knows_no: bool = True) -> Path:
+    """LLaVA with a chat template; without `knows_no`, yes and no are one unknown word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessorPil,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(4)
+    words = [word for word in WORDS if knows_no or word not in ("yes", "no")]
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "<image>", "<pad>", *words])}
+    level: Any = models.WordLevel
+    backend = Tokenizer(level(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    make: Any = PreTrainedTokenizerFast
+    ends = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = make(tokenizer_object=backend, additional_special_tokens=["<image>"], **ends)
+    see: Any = CLIPImageProcessorPil
+    process: Any = LlavaProcessor
+    process(
+        image_processor=see(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(
+            "{% for m in messages %}{% for c in m['content'] %}{% if c.type == 'image' %}<image> "
+            "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %} answer :"
+        ),
+    ).save_pretrained(folder)
+    common = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+    text = {"model_type": "llama", "vocab_size": len(vocab), "num_key_value_heads": 2}
+    config: Any = LlavaConfig
+    network: Any = LlavaForConditionalGeneration
+    model = network(
+        config(
+            vision_config=common | heads | vision,
+            text_config=common | heads | text,
+            image_token_id=vocab["<image>"],
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder

@@ -28,6 +28,10 @@ JUDGES: MappingProxyType[str, str] = MappingProxyType(
     {
         "sticker": "the detector.safetensors that `sana train sticker-detector` wrote",
         "alignment": "the alignment.safetensors that `sana train sticker-alignment` wrote",
+        "clip": "a folder or hub name of a CLIP model, such as openai/clip-vit-large-patch14",
+        "image-reward": "a folder or hub name with ImageReward.pt, such as THUDM/ImageReward",
+        "vlm": "a folder or hub name of an image-text-to-text model of transformers",
+        "vlm-tournament": "a folder or hub name of an image-text-to-text model of transformers",
     }
 )
 """Each judge and what its --judge-model is."""

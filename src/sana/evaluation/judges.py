@@ -6,7 +6,7 @@ Start reading at `load_judge`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,16 @@ from sana.data.stickers.scene import COLORS
 from sana.data.stickers.world import Concept
 from sana.errors import CheckpointError, RequestError
 from sana.evaluation.alignment import AlignmentJudge
+from sana.evaluation.clip import Clip
 from sana.evaluation.detector import Found, detect, read
+from sana.evaluation.image_reward import Reward
+from sana.evaluation.networks import find_network, load_tokenizer, load_transformers
 from sana.evaluation.stickers import find_fault
+from sana.evaluation.verifier import Verifier, VerifierJudge, VerifierTournament
 from sana.models.detector import Detector
 from sana.pipelines.images import to_tensor
+
+KNOWN = ("sticker", "alignment", "clip", "image-reward", "vlm", "vlm-tournament")
 
 
 def load_judge(name: str, source: str, device: str = "cpu") -> Any:
@@ -32,7 +38,29 @@ def load_judge(name: str, source: str, device: str = "cpu") -> Any:
         return StickerJudge.load(Path(source), device)
     if name == "alignment":
         return AlignmentJudge.load(Path(source), device)
-    raise RequestError(f"judge is {name!r}; known are sticker and alignment")
+    if name == "clip":
+        network = find_network("judge-model", source)
+        clip = Clip(load_transformers("CLIPModel", network, device), load_tokenizer(network))
+        return ScoreJudge(name, clip.score)
+    if name == "image-reward":
+        return ScoreJudge(name, Reward.load(source, device)[0].score)
+    if name == "vlm":
+        return VerifierJudge(Verifier.load(source, device))
+    if name == "vlm-tournament":
+        return VerifierTournament(Verifier.load(source, device))
+    raise RequestError(f"judge is {name!r}; known are {', '.join(KNOWN)}")
+
+
+class ScoreJudge:
+    """A published metric's score as a judge."""
+
+    def __init__(
+        self, name: str, score: Callable[[str, Sequence[Image.Image]], Sequence[float]]
+    ) -> None:
+        self.name, self.score = name, score
+
+    def __call__(self, prompt: str, pictures: Sequence[Image.Image]) -> Sequence[float]:
+        return self.score(prompt, pictures)
 
 
 class StickerJudge:

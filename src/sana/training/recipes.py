@@ -196,7 +196,7 @@ def sticker_traits() -> TrainConfig:
         recipe="sticker-traits",
         task="traits",
         steps=800,
-        data=DataConfig(size=256, batch=256, workers=8),
+        data=DataConfig(size=256, batch=256, workers=8, avatars=3000),
     )
 
 
