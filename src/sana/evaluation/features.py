@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from sana.weights.assign import assign
 from sana.weights.locate import own_header
 from sana.weights.tensors import find_content
 
-BATCH = 32
+BATCH, READERS = 32, 4
 PART = 1000
 """Pictures whose features are in one file of a run that may be killed."""
 KIND = "features"
@@ -146,13 +147,16 @@ def fingerprint(paths: Sequence[Path]) -> str:
 def _features(
     extractor: Extractor, paths: Sequence[Path], size: int | None, report: Callable[[int], None]
 ) -> Tensor:
+    def opened(path: Path) -> Image.Image:
+        picture = open_picture(path)
+        return picture if size is None else cropped(picture, size, Image.Resampling.BILINEAR)
+
     found = []
-    for start in range(0, len(paths), BATCH):
-        pictures = [open_picture(path) for path in paths[start : start + BATCH]]
-        if size is not None:
-            pictures = [cropped(p, size, Image.Resampling.BILINEAR) for p in pictures]
-        found.append(extractor(pictures))
-        report(len(pictures))
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(paths), BATCH):
+            pictures = list(pool.map(opened, paths[start : start + BATCH]))
+            found.append(extractor(pictures))
+            report(len(pictures))
     return torch.cat(found)
 
 

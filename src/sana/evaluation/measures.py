@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from PIL import Image
@@ -355,11 +356,13 @@ def _mean_of(shares: Sequence[Share]) -> Share:
 
 
 Measure: TypeAlias = Callable[[Run], tuple[Score, Faults]]
-MEASURES: dict[str, Measure] = {
-    "fid": _fid_score,
-    "kid": _kid_score,
-    "clip-score": _clip_score,
-    "image-reward": _reward_score,
-    "geneval": _geneval_score,
-    "dpg": _dpg_score,
-}
+MEASURES: MappingProxyType[str, Measure] = MappingProxyType(
+    {
+        "fid": _fid_score,
+        "kid": _kid_score,
+        "clip-score": _clip_score,
+        "image-reward": _reward_score,
+        "geneval": _geneval_score,
+        "dpg": _dpg_score,
+    }
+)

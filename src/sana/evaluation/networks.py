@@ -9,7 +9,6 @@ at `find_network`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -235,8 +234,3 @@ def fetch(role: str, source: str, files: tuple[str, ...], *, is_offline: bool) -
             f"{role} is {source}, which is neither a path here nor can be had from the hub "
             f"({reason[:160]}); give a local folder or file, or check the name and the network"
         ) from None
-
-
-def as_record(networks: Mapping[str, Network]) -> list[dict[str, Any]]:
-    """All of them, for the record."""
-    return [network.to_json() for network in networks.values()]

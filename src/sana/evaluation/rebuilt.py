@@ -36,7 +36,6 @@ from sana.weights.load import find_model, load, load_autoencoder
 
 CROPS, REBUILT = "crops", "rebuilt"
 SHOWN, SIDE = 50, 256
-SCORED = ("psnr", "ssim", "lpips")
 NAMES = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS (VGG-16)"}
 RULES = {
     "psnr": "10 log10(255^2 / mean squared error) of each picture",

@@ -6,7 +6,6 @@ published code used torchvision on PIL pictures (CLIP, BLIP); the rest says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana.errors import RequestError
 from sana.pipelines.reading import read_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -51,16 +49,6 @@ def cropped(image: Image.Image, size: int, how: Image.Resampling) -> Image.Image
         image = image.resize((wide, high), how)
     left, top = round((wide - size) / 2), round((high - size) / 2)
     return image.crop((left, top, left + size, top + size))
-
-
-def one_size(paths: Sequence[Path], images: Sequence[Image.Image]) -> None:
-    """Raise `RequestError` unless all have the same size."""
-    for path, image in zip(paths, images, strict=True):
-        if image.size != images[0].size:
-            raise RequestError(
-                f"{path} is {image.width} x {image.height} and {paths[0]} {images[0].width} x "
-                f"{images[0].height}; they must have one size, so give --size to resize and crop"
-            )
 
 
 def _normalized(image: Image.Image) -> Tensor:
