@@ -68,7 +68,7 @@ def test_efficientnet_of_its_tensors() -> None:
     assert_matches(nn.functional.conv2d(padded, stem.weight, stride=2), stem(even), 1e-6)
 
 
-def nsfwjs_archive(path: Path, broken: bool = False) -> dict[str, Tensor]:
+def nsfwjs_archive(path: Path) -> dict[str, Tensor]:
     """A stand-in for the npm package, 8-bit numbers in JavaScript; what they stand for."""
     random = np.random.default_rng(0)
     network = Inception(is_fid=False)
@@ -90,18 +90,21 @@ def nsfwjs_archive(path: Path, broken: bool = False) -> dict[str, Tensor]:
             f'{{min:{low},scale:{scale},dtype:"uint8"}}}}'
         )
     manifest = f'x={{weightsManifest:[{{paths:["a"],weights:[{",".join(listed)}]}}]}}'
-    content = content[: -10 if broken else None]
     half = len(content) // 3 * 2
+    write_archive(path, manifest, content[:half], content[half:])
+    return values
+
+
+def write_archive(path: Path, manifest: str, *shards: bytes) -> None:
     files = {"model.min.js": manifest}
-    for index, part in enumerate((content[:half], content[half:]), start=1):
+    for index, part in enumerate(shards, start=1):
         text = base64.b64encode(part).decode()
-        files[f"group1-shard{index}of2.min.js"] = f'!function(d){{h.exports="{text}"}}'
+        files[f"group1-shard{index}of{len(shards)}.min.js"] = f'h.exports="{text}"}}'
     with tarfile.open(path, "w") as tar:
         for name, text in files.items():
             info = tarfile.TarInfo(packaged.FOLDER + name)
             info.size = len(text)
             tar.addfile(info, io.BytesIO(text.encode()))
-    return values
 
 
 def test_nsfwjs_is_read_by_number(tmp_path: Path) -> None:
@@ -123,8 +126,22 @@ def test_nsfwjs_is_read_by_number(tmp_path: Path) -> None:
     check(8)
     assert_detects(check, 9)
     assert (tensors["Mixed_5b.branch5x5_2.bn.weight"] == 1).all()
-    nsfwjs_archive(path, broken=True)
-    with pytest.raises((CheckpointError, ValueError)):
+
+
+def test_other_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "nsfwjs-4.3.0.tgz"
+    entry = (
+        '{name:"conv2d_1/kernel",shape:[2],dtype:"float32",quantization:{min:-1,scale:.5,'
+        'dtype:"uint8"}}'
+    )
+    write_archive(path, f"weightsManifest:[{entry}]", b"abc")
+    with pytest.raises(CheckpointError, match="has 3 bytes of weights and lists 2"):
+        packaged.from_nsfwjs(path)
+    write_archive(path, f"weightsManifest:[{entry}]", b"ab")
+    with pytest.raises(CheckpointError, match="has no batch_normalization_1/beta"):
+        packaged.from_nsfwjs(path)
+    write_archive(path, f"weightsManifest:[{entry}]", b"a")
+    with pytest.raises(CheckpointError, match="has 1 bytes of weights and lists"):
         packaged.from_nsfwjs(path)
 
 

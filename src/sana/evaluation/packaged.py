@@ -124,6 +124,9 @@ def _keras_tensors(archive: Path) -> dict[str, Tensor]:
     for listed in ENTRY.finditer(manifest[manifest.find("weightsManifest") :]):
         shape = [int(side) for side in listed["shape"].split(",") if side]
         size = math.prod(shape)
+        if start + size > len(content):
+            start += size
+            break
         levels = np.frombuffer(content, np.uint8, size, start).reshape(shape)
         values = levels.astype(np.float32) * float(listed["scale"]) + float(listed["min"])
         tensors[listed["name"]] = torch.from_numpy(values)
