@@ -119,6 +119,7 @@ def test_flags() -> None:
     assert flags(exam) == [
         *("MODEL", "--output", "-o", "--detector", "--pack"),
         *("--count", "--seeds", "--case-seed", "--seen", "--features"),
+        *("--traits", "--alignment", "--trait-count"),
         *("--steps", "--guidance", "--shift", "--sampler", "--batch", "--cache", "--device"),
     ]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

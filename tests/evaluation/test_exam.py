@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation.small import CPU, DEPTHS, WIDTHS, small_detector, world
+from evaluation.small import CPU, DEPTHS, WIDTHS, small_detector, studio, world
 from evaluation.test_features import lite_file
 from numerics import assert_detects
 from sana.cli.main import main
@@ -19,9 +19,11 @@ from sana.distributed import Place
 from sana.errors import RequestError
 from sana.evaluation import detector as files
 from sana.evaluation import exam as exams
+from sana.evaluation import exam_judges
 from sana.evaluation.exam import Exam, compare, score_stickers
 from sana.evaluation.report import Share
 from sana.evaluation.sample import Settings
+from sana.evaluation.traits import TraitCase, TraitJudge
 from sana.models.detector import Detector
 from sana.training.config import DataConfig, TrainConfig
 from sana.training.tasks.detector import DetectorTask
@@ -29,8 +31,6 @@ from sana.training.tasks.detector import DetectorTask
 
 @pytest.fixture
 def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from evaluation.small import studio
-
     plan = TrainConfig(
         recipe="test",
         task="detector",
@@ -121,6 +121,72 @@ def test_an_exam_writes_its_record(detector: Path, monkeypatch: pytest.MonkeyPat
     assert [len(rows) for rows in verdicts.values()] == [12, 8]
     assert [row["seed"] for row in verdicts["unseen"][:4]] == [0, 1, 1000, 1001]
     assert (path.parent / "sheet.png").exists()
+
+
+class Truth(TraitJudge):
+    """Sees what every second picture was asked for; of a render, always."""
+
+    turn = 0
+
+    def name(self, pictures: torch.Tensor) -> list[dict[str, str]]:
+        found = []
+        for picture in pictures:
+            number = Truth.turn % 8
+            is_render = picture.shape[-1] == 256
+            is_right = is_render or number % 2 == 0
+            found.append(dict(CASES[number // 2 if not is_render else number % 4].wanted))
+            if not is_right:
+                found[-1] = {}
+            Truth.turn += 1
+        return found
+
+
+CASES: list[TraitCase] = []
+
+
+def test_further_judges_stand_beside(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CASES[:] = exam_judges.trait_prompts(studio(), 2, 1)
+    Truth.turn = 0
+    judge = Truth(network=torch.nn.Module(), slots={})  # type: ignore[arg-type]
+    monkeypatch.setattr(exams.traits, "read", lambda *_: judge)
+
+    class Sure:
+        """Log-odds of 1 for renders, of -1 for what was drawn."""
+
+        def score(self, prompt: str, pictures: torch.Tensor) -> list[float]:
+            return [1.0 if pictures.shape[-1] == 256 else -1.0] * len(pictures)
+
+    monkeypatch.setattr(exams.alignment, "read", lambda *_: (Sure(), {}))
+    asked: list[int] = []
+    draw = exams.drawer
+
+    def counting(*given: Any) -> Any:
+        inner = draw(*given)
+
+        def drawn(prompts: list[str], seeds: list[int]) -> torch.Tensor:
+            asked.extend(seeds)
+            return inner(prompts, seeds)
+
+        return drawn
+
+    monkeypatch.setattr(exams, "drawer", counting)
+    given = {"traits": str(detector), "alignment": str(detector), "trait_count": 2}
+    path, text = score_stickers(exam(detector, has_seen=False, **given))
+    record = json.loads(path.read_text())
+    scores = {score["metric"]: score for score in record["scores"]}
+    assert scores["style"]["value"] == 0.5 and scores["portrait"]["value"] == 0.5
+    assert scores["style"]["parts"]["the judge on renders"]["value"] == 1
+    assert scores["style"]["pictures"] == 4
+    assert scores["alignment"]["value"] == 0
+    assert scores["alignment"]["parts"]["the judge on renders"]["value"] == 1
+    assert scores["alignment"]["parts"]["mean_log_odds"] == -1
+    assert record["judges"].keys() == {"traits", "alignment"}
+    assert "| style accuracy " in text
+    # What was drawn is not drawn again.
+    assert len(asked) == 12 + 8
+    Truth.turn = 0
+    score_stickers(exam(detector, has_seen=False, **given))
+    assert len(asked) == 20
 
 
 def test_a_stopped_exam_goes_on(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:

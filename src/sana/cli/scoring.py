@@ -100,6 +100,15 @@ class Examining:
         list[str] | None,
         Parameter(help="for Frechet distances to renders; may repeat", negative=""),
     ] = None
+    traits: Annotated[
+        Path | None, Parameter(help="traits.safetensors of `sana train sticker-traits`")
+    ] = None
+    alignment: Annotated[
+        Path | None, Parameter(help="alignment.safetensors of `sana train sticker-alignment`")
+    ] = None
+    trait_count: Annotated[
+        int, Parameter(name="--trait-count", help="prompts of stickers, and of portraits")
+    ] = 150
     steps: Annotated[int | None, Parameter(help="[default: the model's own]")] = None
     guidance: Annotated[float | None, Parameter(help="[default: the model's own]")] = None
     shift: Annotated[float | None, Parameter(help="[default: the model's own]")] = None
@@ -125,6 +134,9 @@ class Examining:
             case_seed=self.case_seed,
             has_seen=self.seen,
             features=tuple(self.features or ()),
+            traits=None if self.traits is None else str(self.traits),
+            alignment=None if self.alignment is None else str(self.alignment),
+            trait_count=self.trait_count,
             settings=Settings(
                 steps=self.steps,
                 guidance=self.guidance,

@@ -23,8 +23,10 @@ from sana.data.stickers.sprites import load_world
 from sana.data.stickers.stream import Studio
 from sana.data.stickers.tiny import tiny_world
 from sana.errors import RequestError
+from sana.evaluation import alignment, traits
 from sana.evaluation.detector import load as load_detector
 from sana.evaluation.distances import ROUNDS, frechet_interval, moments
+from sana.evaluation.exam_judges import alignment_score, kept, trait_prompts, trait_scores
 from sana.evaluation.features import BATCH, Extractor, folder_features, load_extractor
 from sana.evaluation.folders import agree, one_at_a_time
 from sana.evaluation.networks import Network, digest_of
@@ -43,12 +45,14 @@ from sana.evaluation.stickers import (
     score,
     summarize,
 )
+from sana.evaluation.traits import TraitJudge
 from sana.pipelines.images import save_png, to_pil, to_tensor
 from sana.weights.load import Components, load
 
 UNSEEN, SEEN = "unseen", "seen"
 SHOWN, SIDE = 20, 160
-AVATARS = 8
+AVATARS, FEW_AVATARS = 4000, 8
+"""That are loaded of the pack with and without portraits to draw; one in twenty is held out."""
 RESAMPLED = "interval: whole prompts resampled 2000 times"
 
 
@@ -68,6 +72,10 @@ class Exam:
     case_seed: int = 1
     has_seen: bool = True
     features: tuple[str, ...] = ()
+    traits: str | None = None
+    alignment: str | None = None
+    trait_count: int = 150
+    """Held-out prompts of stickers, and as many of portraits, for the judge of traits."""
     settings: Settings = field(default_factory=Settings)
     cache: Path | None = None
     device: str = "cpu"
@@ -84,18 +92,24 @@ def score_stickers(exam: Exam, report: Report = lambda what, done, total: None) 
     """Draw, judge and compare; the record's path and the table. Raises `RequestError`."""
     with one_at_a_time(exam.output):
         judge = _open_judge(exam)
+        trait_judge = traits.read(exam.traits, exam.device) if exam.traits else None
+        aligner = alignment.read(exam.alignment, exam.device)[0] if exam.alignment else None
         extractors = [_open_features(exam, source) for source in exam.features]
         sets = {UNSEEN: held_out_prompts(judge.world, exam.count, exam.case_seed)}
         if exam.has_seen:
             share = exam.count * len(COMPARED) // len(TASKS)
             sets[SEEN] = seen_prompts(judge.world, share, exam.case_seed)
         components = load(exam.model, device=exam.device, dtype=torch.float32)
-        verdicts = {}
+        verdicts, drawn = {}, {}
         for name, cases in sets.items():
-            paths = _drawn(exam, components, cases, name, report)
-            verdicts[name] = _judged(cases, paths, judge)
+            drawn[name] = _drawn(exam, components, cases, name, report)
+            verdicts[name] = _judged(cases, drawn[name], judge)
         truth = score(render_truth(sets[UNSEEN], judge), sets[UNSEEN], judge)
         scores = _scores(exam, verdicts, truth)
+        if aligner is not None:
+            scores.append(alignment_score(aligner, sets[UNSEEN], drawn[UNSEEN], judge))
+        if trait_judge is not None:
+            scores += _trait_scores(exam, components, trait_judge, judge)
         for extractor, network in extractors:
             side = exam.settings.size or components.config.pixels
             renders = _render_features(extractor, sets[UNSEEN], judge, exam.seeds, side)
@@ -127,7 +141,8 @@ def _open_judge(exam: Exam) -> Judge:
     if exam.pack == "tiny":
         world = tiny_world()
     else:
-        world = load_world(exam.pack, avatars=AVATARS, cache=exam.cache)
+        avatars = AVATARS if exam.traits else FEW_AVATARS
+        world = load_world(exam.pack, avatars=avatars, cache=exam.cache)
     detector = load_detector(exam.detector, world, device)
     return Judge(detector=detector, world=world, studio=Studio.open(world, device))
 
@@ -149,15 +164,7 @@ def _drawn(
 ) -> list[list[Path]]:
     """The pictures of each case, drawn in batches as far as they are not there."""
     folder = exam.output / name
-    prompts = "\n".join(case.prompt for case in cases)
-    settings = {k: v for k, v in asdict(exam.settings).items() if k != "batch"}
-    head = {
-        "model": components.config.name,
-        "weights": f"{weights_of(components.dit)} {weights_of(components.autoencoder)}",
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-        "seeds": exam.seeds,
-        **settings,
-    }
+    head = _head(exam, components, [case.prompt for case in cases])
     agree(folder / "exam.json", head)
     items = [
         Item(key=f"{i:05}", prompt=c.prompt, facts={"kind": c.kind}) for i, c in enumerate(cases)
@@ -176,6 +183,18 @@ def _drawn(
             save_png(to_pil(picture), folder / items[i].file(k), {"drawn_in_batches": facts})
         report(f"drawing {name}", len(part), len(jobs))
     return [[folder / item.file(k) for k in range(exam.seeds)] for item in items]
+
+
+def _head(exam: Exam, components: Components, prompts: Sequence[str]) -> dict[str, Any]:
+    """What pictures depend on; a run goes on only where all of it is the same."""
+    settings = {k: v for k, v in asdict(exam.settings).items() if k != "batch"}
+    return {
+        "model": components.config.name,
+        "weights": f"{weights_of(components.dit)} {weights_of(components.autoencoder)}",
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "seeds": exam.seeds,
+        **settings,
+    }
 
 
 def _judged(
@@ -218,6 +237,16 @@ def _score(metric: str, name: str, shares: dict[str, Share], pictures: int, labe
         protocol=f"mean over the kinds, judged by the detector in {label}; {RESAMPLED}",
         parts=kinds,
     )
+
+
+def _trait_scores(
+    exam: Exam, components: Components, trait_judge: TraitJudge, judge: Judge
+) -> list[Score]:
+    cases = trait_prompts(judge.studio, exam.trait_count, exam.case_seed)
+    folder = exam.output / "traits"
+    agree(folder / "exam.json", _head(exam, components, [case.prompt for case in cases]))
+    draw = kept(drawer(components, exam.settings), folder)
+    return trait_scores(draw, cases, exam.seeds, trait_judge, judge.studio)
 
 
 def _render_features(
@@ -300,6 +329,11 @@ def _facts(
         "pack": judge.world.version,
         "prompts": {name: len(cases) for name, cases in sets.items()},
         "pictures_of_each": exam.seeds,
+        "judges": {
+            name: {"file": file, "sha256": digest_of([Path(file)])}
+            for name, file in (("traits", exam.traits), ("alignment", exam.alignment))
+            if file
+        },
         "case_seed": exam.case_seed,
         "seeds": f"{SEED_STRIDE} times the prompt's number, plus 0 to {exam.seeds - 1}",
         "sampling": asdict(exam.settings),

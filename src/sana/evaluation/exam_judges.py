@@ -1,0 +1,107 @@
+"""The further judges of the sticker exam: styles, portraits' attributes, and the alignment model.
+
+Each is a file that a recipe of `sana train` wrote, and its own accuracy on renders stands beside
+its score. `sana.evaluation.exam` draws and calls these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sana.data.stickers.prompts import PromptCase
+from sana.data.stickers.scene import Kind
+from sana.data.stickers.stream import Studio
+from sana.evaluation.alignment import Aligner
+from sana.evaluation.plan import SEED
+from sana.evaluation.record import Score
+from sana.evaluation.report import Share, bootstrap
+from sana.evaluation.sample import Draw
+from sana.evaluation.sight import open_picture
+from sana.evaluation.stickers import Judge, render_truth
+from sana.evaluation.traits import TraitCase, TraitJudge, evaluate_traits, trait_cases
+from sana.pipelines.images import save_png, to_pil, to_tensor
+
+RENDER = "the judge on renders"
+RESAMPLED = "interval: whole prompts resampled 2000 times"
+
+
+def trait_prompts(studio: Studio, count: int, seed: int) -> list[TraitCase]:
+    """`count` held-out prompts of stickers and as many of portraits."""
+    kinds: tuple[Kind, ...] = ("sticker", "avatar")
+    return [case for kind in kinds for case in trait_cases(studio.composer, kind, count, seed)]
+
+
+def kept(draw: Draw, folder: Path) -> Draw:
+    """`draw`, with every picture saved by its seed and not drawn again where it is there."""
+
+    def path_of(seed: int) -> Path:
+        return folder / f"{seed:08}.png"
+
+    def drawn(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        missing = [(p, s) for p, s in zip(prompts, seeds, strict=True) if not path_of(s).exists()]
+        if missing:
+            pictures = draw([p for p, _ in missing], [s for _, s in missing])
+            for (prompt, seed), picture in zip(missing, pictures, strict=True):
+                facts = {"drawn_in_batches": {"prompt": prompt, "seed": seed}}
+                save_png(to_pil(picture), path_of(seed), facts)
+        return torch.cat([to_tensor(open_picture(path_of(seed))) for seed in seeds])
+
+    return drawn
+
+
+def trait_scores(
+    draw: Draw, cases: Sequence[TraitCase], seeds: int, judge: TraitJudge, studio: Studio
+) -> list[Score]:
+    """Style accuracy on unseen pairs of concept and style, and accuracy of asked-for attributes."""
+    result = evaluate_traits(draw, cases, range(seeds), judge, studio)
+    found = []
+    for key, name in (("style", "style accuracy"), ("portrait", "portrait attributes")):
+        parts = {part: share for part, share in result.model.items() if part.startswith(f"{key}: ")}
+        asked = sum((key == "style") == (case.scene.kind == "sticker") for case in cases)
+        found.append(
+            Score(
+                metric=key,
+                name=name,
+                share=result.model[key],
+                is_better_high=True,
+                pictures=asked * seeds,
+                protocol=f"share of what held-out prompts ask for that a judge sees; {RESAMPLED}",
+                parts={**parts, RENDER: result.judge[key]},
+            )
+        )
+    return found
+
+
+def alignment_score(
+    aligner: Aligner,
+    cases: Sequence[PromptCase],
+    paths: Sequence[Sequence[Path]],
+    judge: Judge,
+) -> Score:
+    """The share of pictures of which the alignment model says that their prompt holds."""
+    odds = []
+    for case, files in zip(cases, paths, strict=True):
+        pictures = torch.cat([to_tensor(open_picture(path)) for path in files])
+        odds.append(aligner.score(case.prompt, pictures))
+    renders = render_truth(cases, judge)
+    own = [
+        aligner.score(case.prompt, render[None])
+        for case, render in zip(cases, renders, strict=True)
+    ]
+    return Score(
+        metric="alignment",
+        name="sticker alignment",
+        share=_holding(odds),
+        is_better_high=True,
+        pictures=sum(map(len, odds)),
+        protocol=f"share of pictures whose log-odds are over 0; {RESAMPLED}",
+        parts={RENDER: _holding(own), "mean_log_odds": sum(map(sum, odds)) / sum(map(len, odds))},
+    )
+
+
+def _holding(odds: Sequence[Sequence[float]]) -> Share:
+    return bootstrap([[float(value > 0) for value in row] for row in odds], seed=SEED)
