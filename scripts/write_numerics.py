@@ -80,8 +80,10 @@ def page(rows: dict[str, Row]) -> str:
         "times the error measured when it was set, and every parity test also plants faults (a",
         "weight one percent larger, a step's time shifted, the other convention) that its check",
         "must catch; those that show in the shape are not counted here. A test's name is its file",
-        f"and function. This run: {versions}, {platform.machine()} CPU. Networks of full size, in fp32",
-        "and bf16 on a GPU: `benchmarks/parity.py`, with its reports in `benchmarks/results/`.",
+        f"and function. This run: {versions}, {platform.machine()} CPU.",
+        "",
+        "Networks of full size, in fp32 and bf16 on a GPU: `benchmarks/parity.py`; its reports are in",
+        "`benchmarks/results/`.",
     ]
     for folder, title in FOLDERS.items():
         parts += ["", f"## {title}", "", *table(folder, rows)]
