@@ -82,7 +82,7 @@ def page(rows: dict[str, Row]) -> str:
         "must catch; those that show in the shape are not counted here. A test's name is its file",
         f"and function. This run: {versions}, {platform.machine()} CPU.",
         "",
-        "Networks of full size, in fp32 and bf16 on a GPU: `benchmarks/parity.py`; its reports are in",
+        "Networks of full size, in fp32 and bf16 on a GPU: `benchmarks/parity.py`; reports are in",
         "`benchmarks/results/`.",
     ]
     for folder, title in FOLDERS.items():
