@@ -30,6 +30,7 @@ VERBS = {
     "convert": "Convert weights between layouts: NVIDIA's, diffusers', single file, ours.",
     "data": "Make the data that models are trained on.",
     "train": "Train a model by a recipe.",
+    "reproduce": "Try one of the papers' claims, small.",
     "evaluate": "Draw prompt lists, and measure what was drawn.",
     "doctor": "Say what is installed, what it can compute on, and which models would fit.",
 }

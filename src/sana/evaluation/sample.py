@@ -51,9 +51,10 @@ def drawer(components: Components, settings: Settings) -> Draw:
 
 
 @torch.inference_mode()
-def _draw(
+def draw_latents(
     components: Components, settings: Settings, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Tensor:
+    """The normalized latents [B, C, h, w] that the pictures are decoded from, in one batch."""
     defaults = components.config.sampling
     method = METHODS[settings.sampler or defaults.sampler]
     times = method.times(settings.steps or defaults.steps, settings.shift or defaults.shift)
@@ -71,6 +72,15 @@ def _draw(
         latent = noise
         for step in run(sampler, denoiser):
             latent = step.latent
+    return latent
+
+
+@torch.inference_mode()
+def _draw(
+    components: Components, settings: Settings, prompts: Sequence[str], seeds: Sequence[int]
+) -> Tensor:
+    latent = draw_latents(components, settings, prompts, seeds)
+    with mixed(latent.device):
         latent = components.autoencoder.denormalize(latent)
         pictures = torch.cat(
             [components.autoencoder.decode(z).float().clamp(-1, 1) for z in latent.split(DECODED)]

@@ -120,8 +120,10 @@ class AutoencoderConfig:
 class FlowConfig:
     """Rectified flow: velocity target, logit-normal times with shift, caption dropout."""
 
+    times: Literal["logit-normal", "uniform", "mode"] = "logit-normal"
+    """How times are drawn before the shift (Stable Diffusion 3, section 3.1)."""
     shift: float = 3.0
-    """Times are logit-normal around ln(shift)."""
+    """Times t are moved to shift t / (1 + (shift - 1) t)."""
     dropout: float = 0.1
     """How often the caption is replaced by the empty prompt."""
     autoencoder: str = "sticker-512"

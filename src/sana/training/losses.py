@@ -11,6 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MODE_SCALE = 1.29
+"""The scale of mode sampling that Stable Diffusion 3 found best."""
+
+
+def draw_times(
+    kind: str, count: int, *, shift: float, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Training times (count,) in 0..1: "logit-normal", "uniform" or "mode", then shifted."""
+    if kind == "logit-normal":
+        return logit_normal_times(count, shift=shift, generator=generator, device=device)
+    uniform = torch.rand(count, generator=generator, device=device, dtype=torch.float32)
+    times = mode_times(uniform) if kind == "mode" else uniform
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def mode_times(uniform: Tensor, scale: float = MODE_SCALE) -> Tensor:
+    """f(u; s) = 1 - u - s (cos^2(pi u / 2) - 1 + u), dense in the middle (SD3, eq. 20)."""
+    return 1 - uniform - scale * ((math.pi / 2 * uniform).cos().square() - 1 + uniform)
+
 
 def logit_normal_times(
     count: int, *, shift: float, generator: torch.Generator, device: torch.device

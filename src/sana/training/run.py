@@ -92,7 +92,7 @@ def _grounding(config: TrainConfig, model: ModelConfig, studio: Studio, place: P
     refiner = LinearDiT(model.dit).refiner
     if refiner is None:
         raise TrainingError(f"model {config.model} has no refiner to train; take one that has")
-    _, text = _frozen(config.flow.autoencoder, needs_autoencoder=False)
+    _, text = find_frozen(config.flow.autoencoder, needs_autoencoder=False)
     _check_fit(config, model, None, text)
     return GroundingTask(config, model, refiner, text, studio, place)
 
@@ -101,7 +101,7 @@ def _flow(config: TrainConfig, model: ModelConfig, studio: Studio, place: Place)
     from sana.training.tasks.flow import FlowTask
     from sana.training.tasks.grounding import load_refiner
 
-    autoencoder, text = _frozen(config.flow.autoencoder)
+    autoencoder, text = find_frozen(config.flow.autoencoder)
     assert autoencoder is not None
     _check_fit(config, model, autoencoder, text)
     network = LinearDiT(model.dit)
@@ -118,7 +118,7 @@ def _flow(config: TrainConfig, model: ModelConfig, studio: Studio, place: Place)
     return FlowTask(config, model, network, (autoencoder, text), studio, place)
 
 
-def _frozen(source: str, *, needs_autoencoder: bool = True) -> tuple[DCAE | None, MiniLM]:
+def find_frozen(source: str, *, needs_autoencoder: bool = True) -> tuple[DCAE | None, MiniLM]:
     """The autoencoder and text encoder of a model or a folder.
 
     A folder that an autoencoder recipe wrote holds no text encoder: then it is the package's own.
@@ -172,7 +172,7 @@ def _alignment(config: TrainConfig, model: ModelConfig, studio: Studio, place: P
             "twos, so each part must be even"
         )
     source = config.flow.autoencoder
-    _, text = _frozen(source, needs_autoencoder=False)
+    _, text = find_frozen(source, needs_autoencoder=False)
     _check_fit(config, model, None, text)
     width = min(256, 2 * text.width)
     network = Alignment(

@@ -189,8 +189,12 @@ class FlowPhase:
     def loss(self, batch: FlowBatch, generator: torch.Generator) -> dict[str, Tensor]:
         clean = batch.latents.float()
         device = clean.device
-        time = losses.logit_normal_times(
-            len(clean), shift=self.config.shift, generator=generator, device=device
+        time = losses.draw_times(
+            self.config.times,
+            len(clean),
+            shift=self.config.shift,
+            generator=generator,
+            device=device,
         )
         noise = torch.randn(clean.shape, generator=generator, device=device)
         dropped = torch.rand(len(clean), generator=generator, device=device) < self.config.dropout

@@ -1,0 +1,184 @@
+"""The papers' claims that can be tried in the sticker world, each as a row that can be run again.
+
+`ROWS` is the list; `run` carries one out, seed by seed, and `write` leaves what came as JSON and as
+a Markdown table. Which of them hold is in docs/reproduction.md. Start reading at `run`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, stdev
+from types import MappingProxyType
+
+import torch
+
+from sana.errors import RequestError
+from sana.evaluation.report import table, write_json
+from sana.reproduction import samplers
+from sana.reproduction.training import Bench, Variant, run_autoencoder, run_flow
+from sana.reproduction.variants import DIT
+from sana.weights.load import load
+
+Results = dict[str, list[dict[str, float]]]
+"""For each variant, what was measured: one entry a seed, or a picture where nothing is trained."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A claim, where it is from, and what is run for it."""
+
+    claim: str
+    source: str
+    expected: str
+    variants: tuple[Variant, ...] = ()
+
+
+def _transformers(row: str) -> tuple[Variant, ...]:
+    return tuple(Variant(name=name, change=change) for name, change in DIT[row].items())
+
+
+ROWS: Mapping[str, Row] = MappingProxyType(
+    {
+        "attention": Row(
+            claim="linear attention alone loses quality; the mix-FFN's convolution wins it back",
+            source="Sana",
+            expected="linear with a pointwise FFN worst; with mix-FFN about as good as softmax",
+            variants=_transformers("attention"),
+        ),
+        "positions": Row(
+            claim="no position embedding is needed, because of the 3x3 convolution",
+            source="Sana",
+            expected="without positions the pointwise FFN fails, the mix-FFN does not",
+            variants=_transformers("positions"),
+        ),
+        "solver": Row(
+            claim="Flow-DPM-Solver needs half the steps of Euler",
+            source="Sana",
+            expected="at equal steps dpm is nearer to the exact solution, most with shift 1",
+        ),
+        "shift": Row(
+            claim="a shift of the times towards noise helps at few steps",
+            source="Sana; Stable Diffusion 3",
+            expected="an optimum above 1",
+        ),
+        "times": Row(
+            claim="logit-normal training times are better than uniform ones, most at few steps",
+            source="Stable Diffusion 3",
+            expected="at 5 steps logit-normal first",
+            variants=tuple(
+                Variant(name=name, settings=(f"flow.times={name}",), steps=(5, 50))
+                for name in ("logit-normal", "uniform", "mode")
+            ),
+        ),
+        "text-norm": Row(
+            claim="RMSNorm with a small first scale on the text keeps training stable",
+            source="Sana",
+            expected="without it the loss is higher, or not finite",
+            variants=_transformers("text-norm"),
+        ),
+        "shortcuts": Row(
+            claim="residual shortcuts make strongly compressing autoencoders trainable",
+            source="DC-AE",
+            expected="a higher PSNR with them at a factor of 32",
+        ),
+        "captions": Row(
+            claim="drawing captions by their score, at a low temperature, helps following prompts",
+            source="Sana",
+            expected="the lower the temperature the better; all alike is worst",
+            variants=tuple(
+                Variant(name=f"T = {temperature:g}", temperature=temperature)
+                for temperature in (0.0, 1.0, 5.0, math.inf)
+            ),
+        ),
+    }
+)
+
+
+def find(name: str) -> Row:
+    """The row called `name`; `RequestError` with the nearest name otherwise."""
+    if name not in ROWS:
+        near = difflib.get_close_matches(name, ROWS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(ROWS)
+        raise RequestError(f"there is no row {name!r}; {hint}")
+    return ROWS[name]
+
+
+def run(name: str, bench: Bench, seeds: Sequence[int], report: Report) -> Results:
+    """Carry out a row and leave its record after every part; see `write`."""
+    row = find(name)
+    if name in ("solver", "shift"):
+        return _run_samplers(name, bench, seeds, report)
+    parts: dict[str, Callable[[int], dict[str, float]]] = {
+        variant.name: partial(run_flow, bench, variant) for variant in row.variants
+    }
+    if name == "shortcuts":
+        parts = {
+            "with shortcuts": partial(run_autoencoder, bench, True),
+            "without shortcuts": partial(run_autoencoder, bench, False),
+        }
+    results: Results = {part: [] for part in parts}
+    # Seeds outside, so that a run that is cut off has compared every variant once.
+    for seed in seeds:
+        for part, measure in parts.items():
+            found = measure(seed)
+            results[part].append(found)
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+            report(f"{part}, seed {seed}: {shown}")
+            write(name, results, bench)
+    return results
+
+
+def _run_samplers(name: str, bench: Bench, seeds: Sequence[int], report: Report) -> Results:
+    """Two prompts for each seed, drawn by every setting."""
+    components = load(bench.model, device=str(bench.place.device), dtype=torch.float32)
+    prompts = samplers.prompts_of(bench.world, 2 * len(seeds))
+    starts = [100 * seed + number for seed in seeds for number in range(2)]
+    settings = samplers.SOLVERS if name == "solver" else samplers.SHIFTS
+    results: Results = {}
+    for distance in samplers.measure(components, prompts, starts, settings, report):
+        sampler, shift, steps = distance.setting
+        part = f"{sampler}, shift {shift:g}, {steps} steps"
+        results[part] = [{"distance": error} for error in distance.errors]
+        write(name, results, bench)
+    return results
+
+
+def write(name: str, results: Results, bench: Bench) -> None:
+    """`NAME.json` and `NAME.md` in the bench's folder."""
+    row = ROWS[name]
+    record = {
+        "row": name,
+        "claim": row.claim,
+        "source": row.source,
+        "expected": row.expected,
+        "device": str(bench.place.device),
+        "torch": torch.__version__,
+        "data": bench.world.version,
+        "settings": list(bench.settings),
+        "results": results,
+    }
+    write_json(bench.folder / f"{name}.json", record)
+    (bench.folder / f"{name}.md").write_text(as_table(results) + "\n", encoding="utf-8")
+
+
+def as_table(results: Results) -> str:
+    """Mean, and deviation where there are several, of each measure for each variant."""
+    measured = {part: entries for part, entries in results.items() if entries}
+    names = list(dict.fromkeys(key for part in measured.values() for one in part for key in one))
+    rows = [
+        [part, *(_spread([one[key] for one in entries if key in one]) for key in names)]
+        for part, entries in measured.items()
+    ]
+    return table(["variant", *names], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{fmean(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.2g} (n = {len(values)})"

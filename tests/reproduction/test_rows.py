@@ -1,0 +1,146 @@
+"""The rows run on `tiny` and leave their record; captions and samplers against their formulas."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sana.cli.main import main
+from sana.data.stickers.compose import Composer
+from sana.data.stickers.stream import Studio
+from sana.data.stickers.tiny import tiny_world
+from sana.data.stickers.twins import draw_twins
+from sana.errors import RequestError
+from sana.reproduction import samplers
+from sana.reproduction.captions import SCORES, choose, shares
+from sana.reproduction.rows import ROWS, as_table, find, run
+from sana.reproduction.samplers import Setting, measure, relative_errors
+from sana.reproduction.training import Bench
+from sana.training import losses
+from sana.weights.load import load
+from tests.numerics import assert_detects, assert_matches
+from tests.training.lines import CPU
+from tests.training.small import SMALL
+
+COMPOSER = Composer(tiny_world())
+
+
+@cache
+def bench(folder: Path) -> Bench:
+    world = tiny_world()
+    return Bench(
+        world=world,
+        studio=Studio.open(world, torch.device("cpu")),
+        place=CPU,
+        folder=folder,
+        settings=(*SMALL, "steps=1", "data.reuse=1", "data.ring=0", "data.batch=2"),
+        measured=4,
+        model="tiny",
+    )
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_a_row_runs_and_leaves_its_record(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "REFERENCE_STEPS", 6)
+    few = (Setting("dpm", 3.0, 2), Setting("euler", 1.0, 2))
+    monkeypatch.setattr(samplers, "SOLVERS", few)
+    monkeypatch.setattr(samplers, "SHIFTS", few)
+    lines: list[str] = []
+    results = run(name, bench(tmp_path / name), [0], lines.append)
+    record = json.loads((tmp_path / name / f"{name}.json").read_text())
+    assert record["results"] == results and record["claim"] == ROWS[name].claim
+    assert lines and len(results) >= 2
+    for entries in results.values():
+        for one in entries:
+            assert one and all(math.isfinite(value) for value in one.values())
+    assert (tmp_path / name / f"{name}.md").read_text().startswith("| variant")
+
+
+def test_two_seeds_have_a_spread() -> None:
+    text = as_table({"a": [{"x": 1.0}, {"x": 3.0}], "b": [{"x": 2.0, "y": 0.5}], "c": []})
+    assert "2 ± 1.4 (n = 2)" in text and "0.5" in text and "| c" not in text
+
+
+def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RequestError, match="did you mean 'attention'"):
+        find("atention")
+    assert main(["reproduce", "solvers"]) == 2
+    assert "did you mean 'solver'" in capsys.readouterr().err
+    assert main(["reproduce", "solver", "--pack", "tiny", "--seeds", "0"]) == 2
+    assert "seeds is 0" in capsys.readouterr().err
+    assert main(["reproduce"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}: " in out for name in ROWS)
+
+
+def test_captions_are_drawn_by_the_softmax_of_their_scores() -> None:
+    assert shares(0) == (1, 0, 0, 0) and shares(math.inf) == (0.25,) * 4
+    drawn: Counter[str] = Counter()
+    for index in range(600):
+        scene = choose(COMPOSER, index, seed=1, chances=shares(5.0))
+        twins = draw_twins(COMPOSER, index, seed=1, split="train")
+        label = scene.caption in {c.label for c in COMPOSER.concepts} | {"person"}
+        kind = {twins.first.caption: 0, twins.second.caption: 2}.get(scene.caption, 3)
+        drawn["1" if label else str(kind)] += 1
+        assert scene.objects == twins.first.objects, "the picture stays"
+
+    def check(temperature: float) -> None:
+        weights = [math.exp(score / temperature) for score in SCORES]
+        for number, weight in enumerate(weights):
+            # The standard error of a share is 0.02.
+            assert abs(drawn[str(number)] / 600 - weight / sum(weights)) < 0.06
+
+    check(5.0)
+    assert_detects(check, 2.0)
+
+
+def test_distances_by_hand() -> None:
+    exact = torch.tensor([[[[3.0, 4.0]]], [[[0.0, 0.0]]]])
+    assert relative_errors(exact, exact) == [0, 0]
+    assert relative_errors(exact, exact * 1.1)[0] == pytest.approx(0.1)
+    assert relative_errors(exact, exact + 1)[1] == 1
+
+
+def test_more_steps_are_nearer_to_the_exact_solution() -> None:
+    components = load("tiny")
+    settings = [Setting("euler", 3.0, steps) for steps in (2, 8, 32)]
+    found = list(measure(components, ["a circle", "a ring"], [1, 2], settings))
+
+    def check(order: list[int]) -> None:
+        for picture in range(2):
+            errors = [found[n].errors[picture] for n in order]
+            assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2
+
+    check([0, 1, 2])
+    assert_detects(check, [2, 1, 0])
+
+
+def test_training_times() -> None:
+    """Mode times against the quantiles of SD3's eq. 20; a shift moves the middle."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(kind: str, shift: float = 1.0) -> Tensor:
+        device = torch.device("cpu")
+        return losses.draw_times(kind, 40_000, shift=shift, generator=generator, device=device)
+
+    assert abs(draw("uniform").mean().item() - 0.5) < 0.01
+    assert abs(draw("uniform", 3.0).median().item() - 0.75) < 0.01
+    assert abs(draw("logit-normal", 3.0).median().item() - 0.75) < 0.01
+    u = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
+    expected = 1 - u - 1.29 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+    def check(times: Tensor) -> None:
+        assert times.min() >= 0 and times.max() <= 1
+        assert_matches(expected.sort().values, times.double().sort().values, 0.01)  # floor 0.003
+
+    check(draw("mode"))
+    assert_detects(check, draw("uniform"))
