@@ -16,6 +16,7 @@ from sana.cli.evaluate import stickers as exam
 from sana.cli.generate import generate
 from sana.cli.info import info
 from sana.cli.main import VERBS
+from sana.cli.reproduce import reproduce
 from sana.cli.train import train
 from sana.request import Request
 
@@ -81,7 +82,16 @@ def test_request_fields() -> None:
 
 
 def test_verbs() -> None:
-    assert list(VERBS) == ["generate", "info", "convert", "data", "train", "evaluate", "doctor"]
+    assert list(VERBS) == [
+        "generate",
+        "info",
+        "convert",
+        "data",
+        "train",
+        "reproduce",
+        "evaluate",
+        "doctor",
+    ]
 
 
 def test_flags() -> None:
@@ -121,5 +131,9 @@ def test_flags() -> None:
         *("--count", "--seeds", "--case-seed", "--seen", "--features"),
         *("--traits", "--alignment", "--trait-count"),
         *("--steps", "--guidance", "--shift", "--sampler", "--batch", "--cache", "--device"),
+    ]
+    assert flags(reproduce) == [
+        *("ROW", "OVERRIDES", "--seeds", "--pack", "--cache", "--detector", "--model", "-m"),
+        *("--output", "-o", "--device"),
     ]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
+
+from sana.cli.scoring import with_flags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +31,11 @@ class Trial:
     device: Annotated[str, Parameter(help="where to compute: auto, cpu or cuda")] = "auto"
 
 
-HERE = Trial()
-
-
 def reproduce(
     row: Annotated[str | None, Parameter(help="a row's name; without one they are listed")] = None,
     /,
     *overrides: Annotated[str, Parameter(help="settings of training runs, such as steps=500")],
-    trial: Annotated[Trial, Parameter(name="*")] = HERE,
+    **fields: Any,
 ) -> None:
     """Run a row of docs/reproduction.md and write its record; without a name, list the rows."""
     from sana.reproduction.rows import ROWS, as_table, find, run
@@ -46,6 +45,7 @@ def reproduce(
             print(f"{name}: {entry.claim} ({entry.source})")
         return
     find(row)
+    trial = Trial(**fields)
     from sana import distributed
     from sana.data.stickers.stream import Studio
     from sana.errors import RequestError
@@ -69,3 +69,6 @@ def reproduce(
         results = run(row, bench, range(trial.seeds), lambda line: print(line, file=sys.stderr))
         print(as_table(results))
         print(bench.folder / f"{row}.json")
+
+
+reproduce.__signature__ = with_flags(reproduce, Trial)  # type: ignore[attr-defined]

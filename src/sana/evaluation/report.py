@@ -8,11 +8,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RIGHT, WRONG, PLAIN = (24, 138, 60), (200, 36, 36), (90, 90, 90)
 LINES = 4
