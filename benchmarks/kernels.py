@@ -9,7 +9,8 @@ Parts, in order: `kernels` (each against the reference in fp64 on the same numbe
 against plain torch; a wrong kernel has no time), `step` (one evaluation of a transformer for two
 samples: plain torch, our kernels, a CUDA graph of them, and where the time goes before and after),
 `decode` (DC-AE at 1024 px), `sweep` (block sizes), `compile` (torch.compile for the same kernels
-and the same step). Networks have random weights at the official sizes, in bf16. A part that fails
+and the same step). What `sana.kernels.proven` does not have yet is marked "tried", beside the
+default. Networks have random weights at the official sizes, in bf16. A part that fails
 says so and the others go on; parts that no longer fit --seconds are left out. Kernel times are
 medians with a cold cache (triton's do_bench), the floor is the bytes that must move at 3.0 TB/s.
 The last thing printed is the table.
@@ -41,6 +42,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from sana.config import DCAEConfig, DiTConfig  # noqa: E402
 from sana.kernels import ops, reference  # noqa: E402
+from sana.kernels.proven import UNPROVEN, Way  # noqa: E402
 from sana.kernels.reference import Branch, Row  # noqa: E402
 from sana.models.dcae import DCAE  # noqa: E402
 from sana.models.dit import LinearDiT  # noqa: E402
@@ -76,6 +78,12 @@ class Case:
     call: Callable[..., Any]
     moved: int
     """Bytes that must move at least."""
+    needs: Way | None = None
+    """What no card has proven before, as in `sana.kernels.proven`."""
+
+    @property
+    def tried(self) -> tuple[Way, ...]:
+        return () if self.needs is None else (self.needs,)
 
 
 @dataclass
@@ -118,7 +126,7 @@ def main() -> int:
     print("\n".join(lines))
     if options.write:
         Path(options.write).write_text("\n".join(lines) + "\n")
-    return int(failed or any("WRONG" in row for row in bench.rows))
+    return int(failed or any({"WRONG", "FAILED"} & {*row} for row in bench.rows))
 
 
 def arguments() -> argparse.Namespace:
@@ -157,17 +165,17 @@ def run_kernels(bench: Bench) -> None:
 
 
 def check_and_time(bench: Bench, size: Sizes, case: Case) -> None:
-    name = f"{size.name}: {case.name}"
+    name = f"{size.name}: {case.name}" + (", tried" if case.needs else "")
     with ops.force("reference"):
         exact = flat(case.call(*(x.double() for x in fresh(case.inputs))))
-    with ops.force("triton"):
+    with ops.force("triton"), ops.trying(*case.tried):
         got = flat(case.call(*fresh(case.inputs)))
     error = max(rel_rms(e, g) for e, g in zip(exact, got, strict=True))
     del exact, got
     if not error <= BOUND * (2 if bench.is_tiny else 1):  # so that NaN is wrong too
         bench.add(name, f"{error:.1e}", "WRONG")
         return
-    with ops.force("triton"):
+    with ops.force("triton"), ops.trying(*case.tried):
         fast = clock(bench, lambda: case.call(*case.inputs))
     with ops.force("reference"):
         plain = clock(bench, lambda: case.call(*case.inputs))
@@ -218,12 +226,16 @@ def cases(bench: Bench, size: Sizes) -> Iterator[Case]:
         parts = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k, v))
         return ops.cross_attention(*parts, bias)
 
-    yield Case(name="cross-attention", inputs=(q, k, v, bias), call=across, moved=2 * whole)
+    inside = (q, k, v, bias)
+    needs: Way = "cross_attention"
+    yield Case(name="cross-attention", inputs=inside, call=across, moved=2 * whole, needs=needs)
     f = c.mlp_width
     wide = rand(b, size.side, size.side, 2 * f)
     taps, bias = rand(2 * f, 1, 3, 3), rand(2 * f)
     inside = (wide, taps, bias)
-    yield Case(name="glumbconv", inputs=inside, call=ops.glu_depthwise, moved=b * n * f * 6)
+    once = Case(name="glumbconv", inputs=inside, call=ops.glu_depthwise, moved=b * n * f * 6)
+    yield once
+    yield change(once, name="glumbconv, PTX", needs="fast_silu")
     if size is not sizes(bench)[0] and size.name == "sana-600m-1024":
         yield from decoder_cases(rand)
 
@@ -256,7 +268,8 @@ def run_step(bench: Bench) -> None:
     for size in todo:
         with torch.inference_mode():
             step = Step(bench, size)
-            step.check_and_time(with_profile=size is todo[0])
+            step.check_and_time((), with_profile=size is todo[0])
+            step.check_and_time_tried()
         del step
 
 
@@ -273,7 +286,6 @@ class Step:
         guidance = 4.5 if c.guidance_embedding else None
         [self.moment] = self.network.embed_times(torch.tensor([0.7]), guidance).values()
         self.prepared = self.network.prepare(self.text, self.mask)
-        self.graphs = Graphs(None if bench.is_tiny else cuda_capture())
 
     def call(self) -> Tensor:
         return self.network.denoise(self.latent, self.moment, self.prepared, None)
@@ -282,11 +294,12 @@ class Step:
         own = self.network
         return self.graphs(own.denoise, own, self.latent, self.moment, self.prepared, None)
 
-    def check_and_time(self, *, with_profile: bool) -> None:
-        name, bench = self.size.name, self.bench
+    def check_and_time(self, tried: tuple[Way, ...], *, with_profile: bool = False) -> None:
+        name, bench = named(self.size.name, tried), self.bench
+        self.graphs = Graphs(None if bench.is_tiny else cuda_capture())
         with ops.force("reference"):
             plain, before = self.call(), clock(bench, self.call, is_step=True)
-        with ops.force("triton"):
+        with ops.force("triton"), ops.trying(*tried):
             got, kernels = self.call(), clock(bench, self.call, is_step=True)
             self.graph()
             self.graph()
@@ -302,6 +315,12 @@ class Step:
             with ops.force("reference"):
                 breakdown(f"{name}: plain", self.call)
             breakdown(f"{name}: kernels in a graph", self.graph)
+
+    def check_and_time_tried(self) -> None:
+        """The same with what no card has run, one by one and all of it."""
+        ways: tuple[tuple[Way, ...], ...] = (("fast_silu",), ("cross_attention",), UNPROVEN)
+        for tried in ways:
+            attempt(self.bench, lambda tried=tried: self.check_and_time(tried))
 
     def in_fp32(self) -> Tensor:
         wide = copy.deepcopy(self.network).float()
@@ -325,23 +344,52 @@ def run_decode(bench: Bench) -> None:
     with torch.inference_mode():
         with ops.force("reference"):
             plain, before = call(), clock(bench, call, is_step=True)
-        with ops.force("triton"):
-            got, after = call(), clock(bench, call, is_step=True)
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                call()
-                tuned = clock(bench, call, is_step=True)
-                if not bench.is_tiny:
-                    breakdown("decode: kernels", call)
-        with ops.force("reference"):
             if not bench.is_tiny:
                 breakdown("decode: plain", call)
-            exact = network.float().decode(latent.float())
+            wide = copy.deepcopy(network).float()
+            exact = wide.decode(latent.float())
+            del wide
+        for tried in ((), UNPROVEN):
+            attempt(
+                bench, lambda tried=tried: decode_row(bench, call, tried, (exact, plain), before)
+            )
+
+
+def decode_row(
+    bench: Bench,
+    call: Callable[[], Tensor],
+    tried: tuple[Way, ...],
+    known: tuple[Tensor, Tensor],
+    before: float,
+) -> None:
+    """Check and time the decoder with our kernels, and with some that are being tried."""
+    name, (exact, plain) = named("decode", tried), known
+    with ops.force("triton"), ops.trying(*tried):
+        got, after = call(), clock(bench, call, is_step=True)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            call()
+            tuned = clock(bench, call, is_step=True)
+        if not bench.is_tiny:
+            breakdown(f"{name}: kernels", call)
     theirs, ours = rel_rms(exact, plain), rel_rms(exact, got)
     error = f"{ours:.1e} ({theirs:.1e} plain)"
     if not ours <= 1.5 * theirs:
-        bench.add("decode", error, "WRONG")
+        bench.add(name, error, "WRONG")
         return
-    bench.add("decode", error, f"{before:.2f}", f"{after:.2f}", f"{tuned:.2f}")
+    bench.add(name, error, f"{before:.2f}", f"{after:.2f}", f"{tuned:.2f}")
+
+
+def named(name: str, tried: tuple[Way, ...]) -> str:
+    return f"{name}, tried: {' '.join(tried)}" if tried else name
+
+
+def attempt(bench: Bench, call: Callable[[], None]) -> None:
+    """What no card has run may fail there, and the rest goes on."""
+    try:
+        call()
+    except Exception:
+        bench.add("tried", "FAILED", traceback.format_exc(limit=-1).strip().splitlines()[-1][:90])
+        traceback.print_exc()
 
 
 def tiny_decoder() -> DCAEConfig:
@@ -382,7 +430,8 @@ def run_sweep(bench: Bench) -> None:
         if bench.left < 20:
             break
         case = by_name[name]
-        with torch.inference_mode(), ops.force("triton"), patched(module, settings):
+        tried = ops.trying(*UNPROVEN)
+        with torch.inference_mode(), ops.force("triton"), tried, patched(module, settings):
             took = clock(bench, lambda case=case: case.call(*case.inputs))
         found.setdefault(name, []).append((took, str(settings)))
     for name, times in found.items():

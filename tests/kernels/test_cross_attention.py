@@ -26,7 +26,7 @@ def draw(tokens: int, text: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    with ops.force("triton"):
+    with ops.force("triton"), ops.trying("cross_attention"):
         return ops.cross_attention(q, k, v, bias)
 
 

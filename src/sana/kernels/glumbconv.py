@@ -143,8 +143,11 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 @torch.library.custom_op("sana::glu_depthwise", mutates_args=())
-def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (B, H, W, 2F), weight (2F, 1, 3, 3), bias (2F,) -> (B, H, W, F), contiguous."""
+def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor:
+    """x (B, H, W, 2F), weight (2F, 1, 3, 3), bias (2F,) -> (B, H, W, F), contiguous.
+
+    `fast` takes the SiLU in PTX, where the device is NVIDIA's.
+    """
     x, weight = x.contiguous(), weight.contiguous()
     B, H, W, F = x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2
     out = x.new_empty((B, H, W, F))
@@ -152,12 +155,12 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     segments = triton.cdiv(W, segment)
     _glu_depthwise[(triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)](
         x, weight, bias, out, H, W, F, segments,
-        SEGMENT=segment, BLOCK_F=BLOCK_F, FAST=x.is_cuda and torch.version.hip is None,
-        num_warps=NUM_WARPS,
+        SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
+        FAST=fast and x.is_cuda and torch.version.hip is None,
     )  # fmt: skip
     return out
 
 
 @glu_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor:
     return x.new_empty((*x.shape[:3], x.shape[3] // 2))

@@ -93,16 +93,12 @@ def _rms_norm(
 
 
 @triton.jit
-def _bias_act(
-    x_ptr, bias_ptr, M, C, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """x = act(x + bias) in place, ROWS rows at a time."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK)
-    inside = (m < M)[:, None] & (c < C)[None, :]
-    at = m[:, None] * C + c[None, :]
+def _bias_act(x_ptr, bias_ptr, count, C, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """x = act(x + bias) in place; values with the channel fastest."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    x += tl.load(bias_ptr + at % C, mask=inside, other=0.0).to(tl.float32)
     tl.store(x_ptr + at, _activate(x, KIND).to(x_ptr.dtype.element_ty), mask=inside)
 
 
@@ -181,13 +177,8 @@ def rms_norm_(
 @torch.library.custom_op("sana::bias_act_", mutates_args={"own"})
 def bias_act_(own: Tensor, bias: Tensor, kind: int) -> None:
     """own (..., C), contiguous, becomes act(own + bias)."""
-    C = len(bias)
-    M = own.numel() // C
-    block = triton.next_power_of_2(C)
-    rows = max(1, TILE // block)
-    _bias_act[(triton.cdiv(M, rows),)](
-        own, bias, M, C, KIND=kind, ROWS=rows, BLOCK=block, num_warps=_warps(rows * block)
-    )
+    grid = (triton.cdiv(own.numel(), 2048),)
+    _bias_act[grid](own, bias, own.numel(), len(bias), KIND=kind, BLOCK=2048, num_warps=8)
 
 
 def supports(x: Tensor, *others: Tensor | None) -> bool:

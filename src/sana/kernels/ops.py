@@ -2,7 +2,8 @@
 
 Triton takes tensors on GPUs of compute capability 8 or newer, of shapes and dtypes that its kernels
 know, where triton is installed; `reference` takes everything else and defines what is correct.
-Tests and comparisons choose with `force`. Start reading at `uses_triton`.
+Tests and comparisons choose with `force`; what no card has proven (`proven`) is used only inside
+`trying`. Start reading at `uses_triton`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana.kernels import reference
+from sana.kernels.proven import REPORTS, Way
 from sana.kernels.reference import Branch, Row
 
 OLDEST = 8
@@ -31,9 +33,10 @@ KINDS: dict[Activation, int] = {"none": 0, "relu": 1, "silu": 2}
 Backend = Literal["auto", "triton", "reference"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# The one mutable state of this package, changed by `force` alone; torch.compile cannot trace a
-# ContextVar.
+# The mutable state of this package, changed by `force` and `trying` alone; torch.compile cannot
+# trace a ContextVar.
 _chosen: dict[str, Backend] = {"backend": "auto"}
+_allowed: dict[Way, bool] = {way: report is not None for way, report in REPORTS.items()}
 
 
 @contextlib.contextmanager
@@ -45,6 +48,22 @@ def force(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _chosen["backend"] = before
+
+
+@contextlib.contextmanager
+def trying(*ways: Way) -> Iterator[None]:
+    """Inside, these are used too where `uses_triton`, proven or not; graphs keep what they saw."""
+    before = dict(_allowed)
+    _allowed.update(dict.fromkeys(ways, True))
+    try:
+        yield
+    finally:
+        _allowed.update(before)
+
+
+def allows(way: Way) -> bool:
+    """Whether this may be used: proven on a card, or being tried."""
+    return _allowed[way]
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -68,7 +87,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention of q (B, H, N, D) to k and v (B, H, T, D); bias (B, 1, 1, T) on scores."""
-    if is_inference(q, k, v) and uses_triton(q):
+    if allows("cross_attention") and is_inference(q, k, v) and uses_triton(q):
         from sana.kernels import cross_attention as fast
 
         if fast.supports(q, k, v, bias):
@@ -177,7 +196,7 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from sana.kernels import glumbconv
 
         if glumbconv.supports(x, weight, bias):
-            out: Tensor = glumbconv.glu_depthwise(x, weight, bias)
+            out: Tensor = glumbconv.glu_depthwise(x, weight, bias, allows("fast_silu"))
             return out
     # One name, so that no map of 2F channels outlives its use.
     x = reference.silu_depthwise(x, weight, bias)

@@ -283,7 +283,7 @@ class Up(nn.Module):
         """On a GPU without gradients, and where cuDNN can count the result's values."""
         results = 4 * x.numel() // x.shape[1] * self.out
         is_free = ops.is_inference(x, self.conv.weight)
-        return is_free and ops.uses_triton(x) and results < 2**31
+        return ops.allows("doubling") and is_free and ops.uses_triton(x) and results < 2**31
 
     def _enlarge_at_once(self, x: Tensor) -> Tensor:
         """Nearest and convolution as one transposed convolution, which needs no enlarged map."""

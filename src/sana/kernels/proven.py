@@ -1,0 +1,45 @@
+"""What a card has proven, and what nobody has run on one: the latter is never the default.
+
+A way of computing is proven once `benchmarks/kernels.py` has found it right on a GPU and a step or
+a decode the faster for it. Then its row here names the report, and `ops` uses it by default; until
+then only inside `ops.trying`, which is how the benchmark proves it. What is computed on a CPU, in
+triton's interpreter for tests, says that a kernel is right, not that a compiler for a GPU takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+Way: TypeAlias = Literal[
+    "linear_attention",
+    "residual_norm",
+    "rms_norm",
+    "bias_act",
+    "glu_depthwise",
+    "fast_silu",
+    "cross_attention",
+    "doubling",
+]
+
+H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
+
+REPORTS: Mapping[Way, str | None] = MappingProxyType(
+    {
+        "linear_attention": H100,
+        "residual_norm": H100,
+        "rms_norm": H100,
+        "bias_act": H100,
+        "glu_depthwise": H100,
+        # SiLU of the mix-FFN's middle in PTX instead of Triton's own sigmoid.
+        "fast_silu": None,
+        # Ours instead of torch's scaled_dot_product_attention.
+        "cross_attention": None,
+        # DC-AE: nearest and 3x3 as a transposed convolution, then `add_repeated_`.
+        "doubling": None,
+    }
+)
+"""Each way with the report that proves it, or None."""
+
+UNPROVEN: tuple[Way, ...] = tuple(way for way, report in REPORTS.items() if report is None)
