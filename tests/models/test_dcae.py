@@ -25,6 +25,7 @@ from sana.models.dcae import (
     ResBlock,
     average_channels,
     channels_last,
+    product_by_groups,
     repeat_channels,
     shuffle,
     transposed,
@@ -321,6 +322,24 @@ def test_enlarging_and_convolving_is_one_transposed_convolution(height: int, wid
 
     check(transposed(weight))
     assert_detects(check, transposed(weight).flip(2))
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (2, 3, 5)])
+def test_a_grouped_convolution_is_one_batched_product(batch: int, height: int, width: int) -> None:
+    x = channels_last(draw(batch, 12, height, width))
+    weight = draw(6, 4, 1, 1, seed=1)
+    expected = F.conv2d(x, weight, groups=3)
+
+    def check(weight: Tensor) -> None:
+        with torch.inference_mode():
+            got = product_by_groups(x, weight)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert_matches(expected, got, 1e-15)  # floor 0 here; sums may run in another order
+
+    check(weight)
+    swapped = weight.clone()
+    swapped[:2], swapped[2:4] = weight[2:4], weight[:2]
+    assert_detects(check, swapped)
 
 
 @pytest.mark.parametrize(("dim", "out"), [(8, 8), (8, 4), (8, 2)])

@@ -1,4 +1,4 @@
-"""How the DC-AE's maps change resolution and channels: shuffles, averages, repeats (2410.10733).
+"""How the DC-AE's maps change resolution and channels (2410.10733): shuffles, averages, repeats.
 
 Maps are (B, C, H, W) in channels-last memory, which every function here writes.
 """
@@ -50,3 +50,19 @@ def transposed(weight: Tensor) -> Tensor:
     taps = torch.einsum("ap,bq->pqab", side, side).flatten(2).flatten(0, 1)  # (9, 16)
     summed = (weight.flatten(2) @ taps).unflatten(-1, (4, 4))
     return channels_last(summed.transpose(0, 1))
+
+
+def product_by_groups(x: Tensor, weight: Tensor) -> Tensor:
+    """A 1x1 convolution by groups, (B, G D, H, W) with (G E, D, 1, 1) -> (B, G E, H, W).
+
+    One batched matrix product, G times (B H W, D) by (D, E), read from and written to channels-last
+    memory without a copy. For inference: the result is written in place, which has no gradient.
+    """
+    groups = x.shape[1] // weight.shape[1]
+    kernels = torch.unflatten(weight.flatten(1), 0, (groups, -1)).mT  # (G, D, E)
+    rows = channels_last(x).permute(0, 2, 3, 1)  # (B, H, W, G D)
+    out = rows.new_empty((*rows.shape[:3], len(weight)))
+    by_group = torch.unflatten(rows.flatten(0, 2), 1, (groups, -1)).transpose(0, 1)
+    place = torch.unflatten(out.flatten(0, 2), 1, (groups, -1)).transpose(0, 1)
+    torch.bmm(by_group, kernels, out=place)
+    return out.permute(0, 3, 1, 2)
