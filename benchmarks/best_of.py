@@ -92,10 +92,15 @@ def judged(case: PromptCase, pictures: Tensor, grader: Judge, judges: dict[str, 
     """Marks and scores of one prompt's pictures."""
     verdicts = score(pictures, [case] * len(pictures), grader)
     scores = {name: judge(case, pictures) for name, judge in judges.items()}
+    check_scores(scores)
+    return Draws(case=case, marks=[float(v.is_right) for v in verdicts], scores=scores)
+
+
+def check_scores(scores: dict[str, list[float]]) -> None:
+    """End the program with one sentence if a judge gave NaN."""
     for name, found in scores.items():
         if not all(map(math.isfinite, found)):
             raise SystemExit(f"judge {name!r} gave a score that is not finite; look at its weights")
-    return Draws(case=case, marks=[float(v.is_right) for v in verdicts], scores=scores)
 
 
 def choice(marks: Sequence[float], scores: Sequence[float], count: int) -> float:

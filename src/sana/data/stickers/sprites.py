@@ -79,16 +79,18 @@ def _load(
             sources.append(source)
     looks = json.loads(lzma.decompress(pack.read("avatars.json.xz")))[:avatars]
     drawings = _texts(pack, "avatars.svg.xz")[: len(looks)] if looks else []
-    names = [f"{manifest['version']}-{kind}.npy" for kind in ("sprites", f"avatars-{len(looks)}")]
-    kept = [cache / name for name in names] if cache else []
-    if kept and all(path.exists() for path in kept):
-        sprites, portraits = (np.load(path, mmap_mode="c") for path in kept)
-    else:
-        with _mapper(workers, len(sources) + len(drawings)) as mapped:
-            sprites = _stack(mapped(draw_sprite, sources), len(sources), SPRITE_SIZE)
-            portraits = _stack(mapped(draw_avatar, drawings), len(drawings), AVATAR_SIZE)
-        for path, pictures in zip(kept, (sprites, portraits), strict=False):
-            _save_whole(path, pictures)
+    version = manifest["version"]
+    sprites = _kept(cache, f"{version}-sprites.npy", len(sources))
+    portraits = _kept(cache, f"{version}-avatars-*.npy", len(drawings))
+    if sprites is None or portraits is None:
+        missing = (sources if sprites is None else []) + (drawings if portraits is None else [])
+        with _mapper(workers, len(missing)) as mapped:
+            if sprites is None:
+                sprites = _stack(mapped(draw_sprite, sources), len(sources), SPRITE_SIZE)
+                _keep(cache, f"{version}-sprites.npy", sprites)
+            if portraits is None:
+                portraits = _stack(mapped(draw_avatar, drawings), len(drawings), AVATAR_SIZE)
+                _keep(cache, f"{version}-avatars-{len(drawings)}.npy", portraits)
     return World(
         concepts=concepts,
         styles=tuple(manifest["styles"]),
@@ -101,8 +103,20 @@ def _load(
     )
 
 
-def _save_whole(path: Path, pictures: Pixels) -> None:
+def _kept(cache: Path | None, pattern: str, count: int) -> Pixels | None:
+    """The first `count` pictures of the smallest kept array that has so many, if there is one."""
+    if cache is None:
+        return None
+    arrays: list[Pixels] = [np.load(path, mmap_mode="c") for path in sorted(cache.glob(pattern))]
+    enough = [array for array in arrays if len(array) >= count]
+    return min(enough, key=len)[:count] if enough else None
+
+
+def _keep(cache: Path | None, name: str, pictures: Pixels) -> None:
     """Write an array that other processes may be waiting to read: it appears whole."""
+    if cache is None:
+        return
+    path = cache / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     with partial.open("wb") as file:
