@@ -17,8 +17,10 @@ from live_bytes import peak_bytes
 from numerics import assert_detects
 from sana.cli.main import main
 from sana.errors import NumericsError, RequestError
+from sana.kernels import ops
+from sana.models import dit
 from sana.models.tiling import decode_tiled
-from sana.pipelines import placing
+from sana.pipelines import offload, placing
 from sana.pipelines.footprint import Canvas, Widths
 from sana.pipelines.memory import CUDA_CONTEXT, MemoryPlan
 from sana.pipelines.pipeline import Pipeline, load
@@ -71,6 +73,39 @@ def test_pictures_are_the_same_wherever_the_weights_are(
     assert pipeline.fingerprint == fingerprint
     pipeline.components.dit.blocks[1].table.data.mul_(1.2)
     assert_detects(check, pipeline)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"guidance": 1.0}, {"pag_scale": 2.0}], ids=str)
+def test_streaming_computes_what_a_gpu_computes(
+    changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels fuse a block's last sum with the next one's norm, as on a GPU.
+
+    The next block then reads a gate of the block before it, whose memory another one has by then.
+    """
+    fusing = SimpleNamespace(**{**vars(ops), "uses_triton": lambda _: True})
+    monkeypatch.setattr(dit, "ops", fusing)
+    request = FOX.replace(**changes)
+
+    def latent() -> Tensor:
+        parts = tiny_components()
+        more = tiny_components().dit.blocks
+        more[1].table.data.mul_(-1.5)
+        parts.dit.blocks.extend(more)  # two would share no slot
+        parts.dit.to(dtype)
+        return list(Pipeline(parts).steps(request))[-1].latent
+
+    expected = latent()
+    chosen = MemoryPlan(text="streams", dit="streams", autoencoder="visits")
+    monkeypatch.setattr(placing, "plan", lambda *_, **__: chosen)
+
+    def check(got: Tensor) -> None:
+        assert torch.equal(expected, got)
+
+    check(latent())
+    monkeypatch.setattr(offload, "kept", lambda output, _slot: output)
+    assert_detects(check, latent())
 
 
 def test_two_requests_by_turns_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,9 +142,8 @@ class Stream:
             return
         size = max(unit.size for unit in self._blocks)
         with torch.inference_mode(False):
-            self._slots = [
-                torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)
-            ]
+            both = torch.empty((2, size), dtype=torch.uint8, device=self._device)
+            self._slots = list(both)
         for index, module in enumerate(self._modules):
             self._hooks.append(module.register_forward_pre_hook(self._before(index)))
             self._hooks.append(module.register_forward_hook(self._after(index)))
@@ -195,9 +194,11 @@ class Stream:
                 with torch.inference_mode(False), torch.no_grad():
                     parameter.data = parameter.data.to(self._device)
 
-    def _after(self, index: int) -> Callable[..., None]:
-        def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
+    def _after(self, index: int) -> Callable[..., Any]:
+        def leave(_module: nn.Module, _inputs: object, output: Any) -> Any:
+            own = kept(output, self._slots[index % 2])
             self._blocks[index].drop()
+            return own
 
         return leave
 
@@ -342,6 +343,17 @@ class Unit:
         with torch.inference_mode(False), torch.no_grad():
             for entry in self._entries:
                 entry.point(entry.view(memory))
+
+
+def kept(output: Any, slot: Tensor) -> Any:
+    """A block's result without views of the slots, where others come, as of `Open`'s gate."""
+    if isinstance(output, Tensor):
+        start, here = (x.untyped_storage().data_ptr() for x in (output, slot))
+        return output.clone() if start == here else output
+    if not isinstance(output, tuple):
+        return output
+    parts = [kept(part, slot) for part in output]
+    return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
 
 
 def tensors_of(network: nn.Module) -> list[Movable]:
