@@ -176,7 +176,10 @@ def load_transformers(kind: str, network: Network, device: str) -> Any:
             f"{network.source} is no {kind} that transformers {transformers.__version__} can read "
             f"({reason}); give another with --{network.role}"
         ) from None
-    lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    # Buffers that a file may leave out (numbers of positions) have the values of the config.
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = [name for name in loading["missing_keys"] if name in parameters]
+    lacking = sorted(map(str, [*missing, *loading["mismatched_keys"]]))
     if lacking:
         raise CheckpointError(
             f"{network.source} lacks {len(lacking)} weights of {kind}, {lacking[0]} among "
