@@ -129,7 +129,7 @@ def test_flags() -> None:
     assert flags(exam) == [
         *("MODEL", "--output", "-o", "--detector", "--pack"),
         *("--count", "--seeds", "--case-seed", "--seen", "--features"),
-        *("--traits", "--alignment", "--trait-count"),
+        *("--traits", "--alignment", "--pictures", "--trait-count"),
         *("--steps", "--guidance", "--shift", "--sampler", "--batch", "--cache", "--device"),
     ]
     assert flags(reproduce) == [

@@ -52,6 +52,7 @@ def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def exam(detector: Path, **more: Any) -> Exam:
     settings = Settings(steps=1, guidance=1.0, size=64, batch=5)
     given = {"count": 6, "seeds": 2, "settings": settings, "pack": "tiny", "model": "tiny"}
+    given["pictures"] = 0
     output = detector.parent.parent / "exam"
     return Exam(**{"detector": str(detector), "output": output, **given, **more})
 
@@ -228,10 +229,42 @@ def test_small_exams_are_refused(detector: Path, monkeypatch: pytest.MonkeyPatch
         score_stickers(exam(detector, seeds=1, features=(str(lite),)))
 
 
+def test_the_autoencoder_is_in_it(detector: Path) -> None:
+    from sana.evaluation.autoencoder import autoencoder_quality
+    from sana.evaluation.sample import rebuild
+    from sana.weights.load import load
+
+    path, _ = score_stickers(exam(detector, has_seen=False, pictures=2))
+    scores = {score["metric"]: score for score in json.loads(path.read_text())["scores"]}
+    components = load("tiny")
+    size = components.config.pixels
+    expected = autoencoder_quality(
+        lambda images: rebuild(components, images), studio(), count=2, size=size
+    )
+    for metric in ("psnr", "ssim"):
+        assert scores[metric]["value"] == pytest.approx(getattr(expected["all"], metric), rel=1e-5)
+        assert scores[metric]["parts"]["avatar"]["value"] == pytest.approx(
+            getattr(expected["avatar"], metric), rel=1e-5
+        )
+    assert scores["psnr"]["pictures"] == 6
+
+
 def test_the_command(detector: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = detector.parent.parent / "out"
     given = ["--detector", str(detector), "--pack", "tiny", "--output", str(output)]
-    given += ["--count", "6", "--seeds", "1", "--no-seen", "--steps", "1", "--device", "cpu"]
+    given += [
+        "--count",
+        "6",
+        "--seeds",
+        "1",
+        "--no-seen",
+        "--pictures",
+        "0",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main(["evaluate", "stickers", "tiny", *given]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "sticker score" in lines[2] and lines[-1] == str(output / "scores.json")

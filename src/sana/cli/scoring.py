@@ -106,6 +106,9 @@ class Examining:
     alignment: Annotated[
         Path | None, Parameter(help="alignment.safetensors of `sana train sticker-alignment`")
     ] = None
+    pictures: Annotated[
+        int, Parameter(help="renders of each kind for the autoencoder; 0 leaves it out")
+    ] = 64
     trait_count: Annotated[
         int, Parameter(name="--trait-count", help="prompts of stickers, and of portraits")
     ] = 150
@@ -137,6 +140,7 @@ class Examining:
             traits=None if self.traits is None else str(self.traits),
             alignment=None if self.alignment is None else str(self.alignment),
             trait_count=self.trait_count,
+            pictures=self.pictures,
             settings=Settings(
                 steps=self.steps,
                 guidance=self.guidance,

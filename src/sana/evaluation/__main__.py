@@ -13,7 +13,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sana.data.stickers.prompts import PromptCase, held_out_prompts
 from sana.data.stickers.scene import TASKS
@@ -23,7 +22,7 @@ from sana.data.stickers.tiny import tiny_world
 from sana.evaluation.autoencoder import autoencoder_quality
 from sana.evaluation.detector import load as load_detector
 from sana.evaluation.report import Share, table, write_json
-from sana.evaluation.sample import Settings, drawer, mixed
+from sana.evaluation.sample import Settings, drawer, rebuild
 from sana.evaluation.stickers import (
     Judge,
     Result,
@@ -92,7 +91,7 @@ def _report_prompts(
     seconds = (time.monotonic() - started) / len(results)
     best = max(results, key=lambda name: results[name].model["all"].value)
     write(results[best], judge.world, folder)
-    rebuilt = _round_trip(components, render_truth(cases, judge, size=components.config.pixels))
+    rebuilt = rebuild(components, render_truth(cases, judge, size=components.config.pixels))
     rows = [
         ("renders (the judge)", results[best].judge),
         ("renders, autoencoded", summarize(score(rebuilt, cases, judge))),
@@ -108,7 +107,7 @@ def _report_prompts(
 
 def _report_autoencoder(components: Components, judge: Judge, count: int, folder: Path) -> None:
     found = autoencoder_quality(
-        lambda images: _round_trip(components, images),
+        lambda images: rebuild(components, images),
         judge.studio,
         count=count,
         size=components.config.pixels,
@@ -117,14 +116,6 @@ def _report_autoencoder(components: Components, judge: Judge, count: int, folder
     text = table(["kind", "PSNR dB", "SSIM", "worst dB", "pictures"], rows)
     write_json(folder / "autoencoder.json", {kind: asdict(q) for kind, q in found.items()})
     print(f"{text}\n")
-
-
-@torch.inference_mode()
-def _round_trip(components: Components, images: Tensor) -> Tensor:
-    autoencoder = components.autoencoder
-    with mixed(images.device):
-        parts = [autoencoder.decode(autoencoder.encode(part)).float() for part in images.split(16)]
-    return torch.cat(parts).clamp(-1, 1)
 
 
 def _accuracies(rows: list[tuple[str, dict[str, Share]]]) -> str:

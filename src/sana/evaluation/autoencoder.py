@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sana.data.stickers.scene import KINDS
+from sana.data.stickers.scene import KINDS, Kind
 from sana.data.stickers.stream import Studio
 from sana.models.metrics import psnr, ssim
 
@@ -28,7 +28,6 @@ class Quality:
     count: int
 
 
-@torch.inference_mode()
 def autoencoder_quality(
     round_trip: Callable[[Tensor], Tensor],
     studio: Studio,
@@ -36,12 +35,23 @@ def autoencoder_quality(
     count: int = 64,
     size: int = 512,
 ) -> dict[str, Quality]:
-    """Quality of `round_trip` on `count` held-out draws of each kind, and over "all" of them.
+    """Quality of `round_trip` on `count` held-out draws of each kind, and over "all" of them."""
+    found = rebuilt_values(round_trip, studio, count=count, size=size)
+    qualities = {kind: _quality(*values) for kind, values in found.items()}
+    first, second = zip(*found.values(), strict=True)
+    return qualities | {"all": _quality(torch.cat(first), torch.cat(second))}
+
+
+@torch.inference_mode()
+def rebuilt_values(
+    round_trip: Callable[[Tensor], Tensor], studio: Studio, *, count: int, size: int
+) -> dict[Kind, tuple[Tensor, Tensor]]:
+    """PSNR and SSIM of each of `count` held-out draws, by kind.
 
     `round_trip` takes and gives pictures (B, 3, size, size) in -1..1 on the renderer's device; what
     it gives is clamped to that range and rounded to 8 bits, as a saved picture is.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[Kind, tuple[Tensor, Tensor]] = {}
     for kind in KINDS:
         pairs = []
         for start in range(0, count, BATCH):
@@ -54,9 +64,7 @@ def autoencoder_quality(
             pairs.append((psnr(images, rebuilt), ssim(images, rebuilt)))
         first, second = zip(*pairs, strict=True)
         found[kind] = torch.cat(first), torch.cat(second)
-    qualities = {kind: _quality(*values) for kind, values in found.items()}
-    first, second = zip(*found.values(), strict=True)
-    return qualities | {"all": _quality(torch.cat(first), torch.cat(second))}
+    return found
 
 
 def _rounded(pictures: Tensor) -> Tensor:

@@ -26,7 +26,13 @@ from sana.errors import RequestError
 from sana.evaluation import alignment, traits
 from sana.evaluation.detector import load as load_detector
 from sana.evaluation.distances import ROUNDS, frechet_interval, moments
-from sana.evaluation.exam_judges import alignment_score, kept, trait_prompts, trait_scores
+from sana.evaluation.exam_judges import (
+    alignment_score,
+    autoencoder_scores,
+    kept,
+    trait_prompts,
+    trait_scores,
+)
 from sana.evaluation.features import BATCH, Extractor, folder_features, load_extractor
 from sana.evaluation.folders import agree, one_at_a_time
 from sana.evaluation.networks import Network, digest_of
@@ -74,6 +80,8 @@ class Exam:
     features: tuple[str, ...] = ()
     traits: str | None = None
     alignment: str | None = None
+    pictures: int = 64
+    """Held-out renders of each kind for the autoencoder; 0 leaves it out."""
     trait_count: int = 150
     """Held-out prompts of stickers, and as many of portraits, for the judge of traits."""
     settings: Settings = field(default_factory=Settings)
@@ -106,6 +114,8 @@ def score_stickers(exam: Exam, report: Report = lambda what, done, total: None) 
             verdicts[name] = _judged(cases, drawn[name], judge)
         truth = score(render_truth(sets[UNSEEN], judge), sets[UNSEEN], judge)
         scores = _scores(exam, verdicts, truth)
+        if exam.pictures:
+            scores += autoencoder_scores(components, judge.studio, exam.pictures)
         if aligner is not None:
             scores.append(alignment_score(aligner, sets[UNSEEN], drawn[UNSEEN], judge))
         if trait_judge is not None:

@@ -1,12 +1,13 @@
-"""The further judges of the sticker exam: styles, portraits' attributes, and the alignment model.
+"""What the sticker exam judges besides: styles, portraits, alignment, and the autoencoder.
 
-Each is a file that a recipe of `sana train` wrote, and its own accuracy on renders stands beside
-its score. `sana.evaluation.exam` draws and calls these.
+Each judge is a file that a recipe of `sana train` wrote, and its own accuracy on renders stands
+beside its score. `sana.evaluation.exam` draws and calls these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +17,16 @@ from sana.data.stickers.prompts import PromptCase
 from sana.data.stickers.scene import Kind
 from sana.data.stickers.stream import Studio
 from sana.evaluation.alignment import Aligner
+from sana.evaluation.autoencoder import rebuilt_values
 from sana.evaluation.plan import SEED
 from sana.evaluation.record import Score
 from sana.evaluation.report import Share, bootstrap
-from sana.evaluation.sample import Draw
+from sana.evaluation.sample import Draw, rebuild
 from sana.evaluation.sight import open_picture
 from sana.evaluation.stickers import Judge, render_truth
 from sana.evaluation.traits import TraitCase, TraitJudge, evaluate_traits, trait_cases
 from sana.pipelines.images import save_png, to_pil, to_tensor
+from sana.weights.load import Components
 
 RENDER = "the judge on renders"
 RESAMPLED = "interval: whole prompts resampled 2000 times"
@@ -101,6 +104,34 @@ def alignment_score(
         protocol=f"share of pictures whose log-odds are over 0; {RESAMPLED}",
         parts={RENDER: _holding(own), "mean_log_odds": sum(map(sum, odds)) / sum(map(len, odds))},
     )
+
+
+def autoencoder_scores(components: Components, studio: Studio, count: int) -> list[Score]:
+    """PSNR and SSIM of `count` held-out renders of each kind, at the model's own size."""
+    size = components.config.pixels
+    found = rebuilt_values(partial(rebuild, components), studio, count=count, size=size)
+    scores = []
+    for place, (metric, name) in enumerate((("psnr", "PSNR dB"), ("ssim", "SSIM"))):
+        values = {kind: pair[place].tolist() for kind, pair in found.items()}
+        whole = [value for part in values.values() for value in part]
+        scores.append(
+            Score(
+                metric=metric,
+                name=f"autoencoder, {name}",
+                share=_over(whole),
+                is_better_high=True,
+                pictures=len(whole),
+                protocol=f"{count} held-out renders of each kind at {size} px, 8 bits; pictures "
+                "resampled 2000 times",
+                parts={kind: _over(part) for kind, part in values.items()} | {"worst": min(whole)},
+                digits=2 if metric == "psnr" else 4,
+            )
+        )
+    return scores
+
+
+def _over(values: Sequence[float]) -> Share:
+    return bootstrap([[value] for value in values], seed=SEED)
 
 
 def _holding(odds: Sequence[Sequence[float]]) -> Share:

@@ -76,6 +76,17 @@ def draw_latents(
 
 
 @torch.inference_mode()
+def rebuild(components: Components, images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in -1..1 through the autoencoder and back."""
+    autoencoder = components.autoencoder
+    with mixed(images.device):
+        parts = [
+            autoencoder.decode(autoencoder.encode(part)).float() for part in images.split(DECODED)
+        ]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+@torch.inference_mode()
 def _draw(
     components: Components, settings: Settings, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Tensor:
