@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels.launching import op
+
 BLOCK_N = 128
 BLOCK_T = 64
 NUM_WARPS = 8
@@ -72,7 +74,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     return alike and q.shape[-1] <= WIDEST and (bias is None or bias.shape == shape)
 
 
-@torch.library.custom_op("sana::cross_attention", mutates_args=())
+@op("cross_attention")
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """q (B, H, N, D), k and v (B, H, T, D), bias (B, 1, 1, T) -> (B, H, N, D).
 

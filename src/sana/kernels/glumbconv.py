@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels.launching import op
+
 BLOCK_F = 256
 NUM_WARPS = 4
 SEGMENT = 32
@@ -142,7 +144,7 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return alike and x.dtype.itemsize <= 4 and x[0].numel() < 2**31
 
 
-@torch.library.custom_op("sana::glu_depthwise", mutates_args=())
+@op("glu_depthwise")
 def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor:
     """x (B, H, W, 2F), weight (2F, 1, 3, 3), bias (2F,) -> (B, H, W, F), contiguous.
 

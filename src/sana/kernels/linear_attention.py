@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels.launching import op
+
 BLOCK_N = 64
 TOKENS_OF_A_PART = 256
 """At least; few enough that all parts together fill a GPU."""
@@ -157,7 +159,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return alike and q.dtype.itemsize <= 4 and q.is_floating_point() and q.shape[-1] in WIDTHS
 
 
-@torch.library.custom_op("sana::linear_attention", mutates_args=())
+@op("linear_attention")
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, N, D) -> out (B, H, N, D) in v's dtype, state (G, P, D, D), norm (G, P, D).
 
@@ -188,7 +190,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tens
     return _token_major(v), state, q.new_empty((B * H, parts, D), dtype=torch.float32)
 
 
-@torch.library.custom_op("sana::linear_attention_backward", mutates_args=())
+@op("linear_attention_backward")
 def linear_attention_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels.launching import op
+
 WIDEST = 16384
 """Channels of a row, which one program holds."""
 TILE = 4096
@@ -102,7 +104,7 @@ def _bias_act(x_ptr, bias_ptr, count, C, KIND: tl.constexpr, BLOCK: tl.constexpr
     tl.store(x_ptr + at, _activate(x, KIND).to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("sana::residual_norm", mutates_args=())
+@op("residual_norm")
 def residual_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -151,7 +153,7 @@ def _(
     )
 
 
-@torch.library.custom_op("sana::rms_norm", mutates_args=())
+@op("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (B, N, C), perhaps a slice of wider rows -> x / rms(x) * weight, contiguous."""
     if not has_rows(x):
@@ -166,7 +168,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("sana::rms_norm_", mutates_args={"own"})
+@op("rms_norm_", mutates=("own",))
 def rms_norm_(
     own: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, kind: int
 ) -> None:
@@ -174,7 +176,7 @@ def rms_norm_(
     _launch(own, weight, bias, residual, own, eps, kind)
 
 
-@torch.library.custom_op("sana::bias_act_", mutates_args={"own"})
+@op("bias_act_", mutates=("own",))
 def bias_act_(own: Tensor, bias: Tensor, kind: int) -> None:
     """own (..., C), contiguous, becomes act(own + bias)."""
     grid = (triton.cdiv(own.numel(), 2048),)

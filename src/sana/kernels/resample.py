@@ -10,10 +10,11 @@ Shape letters: B batch, C channels of the result, K of the input, H W the result
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sana.kernels.launching import op
 
 TILE = 4096
 
@@ -39,7 +40,7 @@ def _add_repeated(
     tl.store(own_ptr + at, own.to(own_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("sana::add_repeated_", mutates_args={"own"})
+@op("add_repeated_", mutates=("own",))
 def add_repeated_(own: Tensor, x: Tensor, bias: Tensor) -> None:
     """own (B, H, W, C) += bias (C,) + x (B, H/2, W/2, K) with each channel 4 C / K times."""
     W, C = own.shape[2:]

@@ -1,0 +1,56 @@
+"""Kernels are launched without torch's op machinery, which only compilers and autograd need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from sana.kernels.launching import Op, op
+
+
+def double(x: Tensor, by: float) -> Tensor:
+    return x * by
+
+
+def test_without_a_gradient_the_function_itself_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    doubled = Op("test_double", double, ())
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(doubled, "known", lambda *inputs: asked.append(inputs))
+    x = torch.ones(2)
+    assert torch.equal(doubled(x, 2.0), 2 * x) and not asked
+    wanted = torch.ones(2, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(doubled(wanted, 2.0), 2 * x) and not asked
+    assert doubled(wanted, 2.0) is None and len(asked) == 1
+
+
+def test_a_gradient_passes_through_the_op() -> None:
+    tripled = op("test_triple")(double)
+
+    def differentiate(ctx: object, g: Tensor) -> tuple[Tensor, None]:
+        return 3 * g, None
+
+    tripled.register_autograd(differentiate)
+    x = torch.ones(2, requires_grad=True)
+    tripled(x, 3.0).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 3.0))
+
+
+@pytest.mark.slow
+def test_a_first_launch_imports_no_compiler() -> None:
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    program = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from sana.kernels import ops
+with ops.force("triton"), torch.inference_mode():
+    ops.rms_norm(torch.ones(1, 2, 16), torch.ones(16), eps=1e-5)
+assert "sana.kernels.norms" in sys.modules
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
