@@ -1,31 +1,23 @@
 """Does what a memory plan says: networks come to the device for their phase and leave after it.
 
 Weights never change while drawing, so leaving costs nothing: every network that moves keeps one
-copy on the host (page-locked where CUDA is), and its parameters point there again. What comes next
-is copied on a stream of its own while the device still works. Streaming keeps two blocks on the
+copy on the host, and its parameters point there again. What comes next is copied on a stream of its
+own while the device still works. Streaming keeps two blocks on the
 device: one that runs and one that arrives. Only storage moves: results are the same, bit for bit.
 Start reading at `Offload.enter`.
 """
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sana.pipelines.memory import NEEDED, MemoryPlan, Part, Phase
+from sana.pipelines.moving import Movable, Unit, tensors_of
 
-logger = logging.getLogger(__name__)
-
-Movable: TypeAlias = tuple[Callable[[Tensor], None], Tensor]
-"""A tensor, and what puts another one in its place."""
-
-ALIGNMENT = 256
 CHUNK = 2**29
 LARGE_TABLE = 2**24
 """Values from which on an embedding stays on the host while its network streams."""
@@ -128,7 +120,9 @@ class Stream:
         }
         rest = [entry for entry in tensors_of(network) if id(entry[1]) not in apart]
         self._rest = Seat([Unit(rest, device, side)])
-        self._blocks = [Unit(tensors_of(module), device, side) for module in self._modules]
+        self._blocks = [
+            Unit(tensors_of(module), device, side, comes_often=True) for module in self._modules
+        ]
         self._tables = [Table(table, device) for table in tables]
         self._device = device
         self._slots: list[Tensor] = []
@@ -246,105 +240,6 @@ class Table:
             self._module.weight.data = weight
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor's place in a unit's memory: what puts it there, its layout, its first byte."""
-
-    point: Callable[[Tensor], None]
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        """From its first to its last value in memory, so that any layout survives a move."""
-        if 0 in self.shape:
-            return 0
-        reach = zip(self.shape, self.stride, strict=True)
-        return (1 + sum((size - 1) * stride for size, stride in reach)) * self.dtype.itemsize
-
-    def view(self, memory: Tensor) -> Tensor:
-        """The tensor at its place in `memory`."""
-        stretch = memory[self.start : self.start + self.nbytes].view(self.dtype)
-        return stretch.as_strided(self.shape, self.stride, stretch.storage_offset())
-
-
-class Unit:
-    """Tensors that move together: one stretch of host memory, copied to the device in one piece."""
-
-    def __init__(
-        self,
-        tensors: list[Movable],
-        device: torch.device,
-        side: torch.cuda.Stream | None,
-    ) -> None:
-        self._device, self._side = device, side
-        self._entries: list[Entry] = []
-        self.size = 0
-        for point, tensor in tensors:
-            entry = Entry(point, tensor.shape, tensor.stride(), tensor.dtype, self.size)
-            self._entries.append(entry)
-            self.size += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
-        with torch.inference_mode(False), torch.no_grad():
-            self._host = torch.empty(self.size, dtype=torch.uint8)
-            for entry, (_, tensor) in zip(self._entries, tensors, strict=True):
-                entry.view(self._host).copy_(tensor)
-        if side is not None:
-            lock_pages(self._host)
-        self._here: Tensor | None = None
-        self._arrival: torch.cuda.Event | None = None
-        self._is_used = False
-        self._point_to(self._host)
-
-    def fetch(self, slot: Tensor | None = None) -> None:
-        """Start the copy to the device, into `slot` if given; nothing if it has started already."""
-        if self._here is not None:
-            return
-        with torch.inference_mode(False):
-            here = slot
-            if here is None:
-                here = torch.empty(self.size, dtype=torch.uint8, device=self._device)
-            self._here = here[: self.size]
-            if self._side is None:
-                self._here.copy_(self._host)
-                return
-            # Also waits for the work that last used this memory.
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._side):
-                self._here.copy_(self._host, non_blocking=True)
-                self._arrival = self._side.record_event()
-
-    def use(self) -> None:
-        """Have the tensors on the device for all work from here on."""
-        if self._is_used:
-            return
-        self.fetch()
-        assert self._here is not None, "fetched"
-        self._wait()
-        self._is_used = True
-        self._point_to(self._here)
-
-    def drop(self) -> None:
-        """Point to the host; the device's memory is free for whatever is computed next."""
-        if self._here is None:
-            return
-        self._wait()
-        if self._is_used:
-            self._point_to(self._host)
-        self._here, self._is_used = None, False
-
-    def _wait(self) -> None:
-        if self._arrival is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._arrival)
-            self._arrival = None
-
-    def _point_to(self, memory: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for entry in self._entries:
-                entry.point(entry.view(memory))
-
-
 def kept(output: Any, slot: Tensor) -> Any:
     """A block's result without views of the slots, where others come, as of `Open`'s gate."""
     if isinstance(output, Tensor):
@@ -356,55 +251,11 @@ def kept(output: Any, slot: Tensor) -> Any:
     return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
 
 
-def tensors_of(network: nn.Module) -> list[Movable]:
-    """Every parameter and buffer once, each with what puts another tensor in its place."""
-    found: dict[int, Movable] = {}
-    for module in network.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in found:
-                found[id(parameter)] = (_set_data(parameter), parameter)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in found:
-                found[id(buffer)] = (_set_buffer(module, name), buffer)
-    return list(found.values())
-
-
 def longest_list(network: nn.Module) -> nn.ModuleList:
     """The longest ModuleList inside, which holds a transformer's blocks."""
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     assert lists, "only a network of blocks streams"
     return max(lists, key=len)
-
-
-def lock_pages(memory: Tensor) -> None:
-    """Page-lock host memory in place, so that CUDA copies it without a detour, until it is freed.
-
-    `pin_memory` would round every allocation up to a power of two. If the system refuses, copies
-    are slower and nothing else changes.
-    """
-    if not memory.numel():
-        return
-    runtime: Any = torch.cuda.cudart()
-    address = memory.data_ptr()
-    error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
-    if error:
-        logger.info("page-locking %d bytes was refused (CUDA error %d)", memory.nbytes, error)
-        return
-    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
-
-
-def _set_data(parameter: nn.Parameter) -> Callable[[Tensor], None]:
-    def point(tensor: Tensor) -> None:
-        parameter.data = tensor
-
-    return point
-
-
-def _set_buffer(module: nn.Module, name: str) -> Callable[[Tensor], None]:
-    def point(tensor: Tensor) -> None:
-        module._buffers[name] = tensor
-
-    return point
 
 
 def _chunks(tensors: list[Movable]) -> list[list[Movable]]:

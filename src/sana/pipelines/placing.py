@@ -29,7 +29,8 @@ from sana.pipelines.memory import (
     Phase,
     plan,
 )
-from sana.pipelines.offload import Offload, tensors_of
+from sana.pipelines.moving import tensors_of
+from sana.pipelines.offload import Offload
 from sana.pipelines.precision import check_finite
 
 if TYPE_CHECKING:
