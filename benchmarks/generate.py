@@ -12,6 +12,7 @@ wall clock, prompt to pixels in the host's memory, text included; `first` is the
 its kind in the process. Peaks are the allocator's without what is held for the comparison. Rows go
 one by one: one that fails or no longer fits --seconds is named as such and the others go on, and
 with --write the results so far are on disk after each. The last thing printed is the table.
+What no card has proven (`sana.kernels.proven`) is left out, or used with --try.
 Without diffusers there is no peer, and checks compare with the plain ops of `kernels.reference`.
 """
 
@@ -45,6 +46,8 @@ from benchmarks.rigs import (  # noqa: E402
     model_config,
 )
 from benchmarks.rows import ROWS, Row, chosen  # noqa: E402
+from sana.kernels import ops  # noqa: E402
+from sana.kernels.proven import UNPROVEN  # noqa: E402
 from sana.pipelines.timing import (  # noqa: E402
     Spread,
     forget_peak,
@@ -130,8 +133,11 @@ def main() -> int:
         has_peer=options.peer != "none" and importlib.util.find_spec("diffusers") is not None,
     )
     report = Report(device=device, folder=options.write, peer=_peer_name(options, bench))
+    tried = [way for way in UNPROVEN if way in options.tried.split(",") or options.tried == "all"]
+    print(f"tried: {', '.join(tried) or 'nothing that is not proven'}", file=sys.stderr)
     for row in chosen(options.only):
-        report.add(row, run(row, bench))
+        with ops.trying(*tried):
+            report.add(row, run(row, bench))
         print(f"  {time.perf_counter() - began:.0f} s so far", file=sys.stderr, flush=True)
     print("\n".join(report.page()))
     return 0 if report.is_good else 1
@@ -355,6 +361,8 @@ def _options() -> Any:
     parser.add_argument("--peer", choices=("eager", "compiled", "none"), default="eager")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", type=Path, help="folder for a dated report and its JSON")
+    ways = ", ".join(UNPROVEN)
+    parser.add_argument("--try", dest="tried", default="", help=f"all, or some of {ways}")
     parser.add_argument("--tiny", action="store_true", help="small networks, for trying it out")
     parser.add_argument("--trace", action="store_true", help="stop at a failing row's traceback")
     return parser.parse_args()

@@ -11,11 +11,20 @@ from torch import Tensor, nn
 
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig
+from sana.kernels import ops
 from sana.models.dit import LinearDiT, Moment, Prepared
+from sana.models.tiling import decode_tiled
+from sana.pipelines import placing
+from sana.pipelines.footprint import Canvas
 from sana.pipelines.graphs import MOST, Graphs, addresses, cuda_capture
+from sana.pipelines.memory import MemoryPlan
 from sana.pipelines.pipeline import Pipeline
+from sana.presets import preset
 from sana.request import Request
 from standins import tiny_components
+
+GIB = 2**30
+FACTOR = preset("tiny").config.autoencoder.factor
 
 
 class Recorder:
@@ -128,7 +137,7 @@ def test_a_refused_capture_leaves_the_call_as_it_is(caplog: pytest.LogCaptureFix
     for step in range(3):
         inputs = (*draw(step), *words)
         assert torch.equal(graphs(network, owner, *inputs), network(*inputs))
-    assert caplog.text.count("no CUDA graph of a step") == 1
+    assert caplog.text.count("no CUDA graph") == 1
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,79 @@ def test_a_pipeline_draws_the_same_with_graphs(changes: dict[str, Any]) -> None:
     for expected, request in zip(plain, requests, strict=True):
         assert torch.equal(expected, list(pipeline.steps(request))[-1].latent)
     assert recorder.captured and recorder.replayed > recorder.captured
+
+
+def test_a_pipeline_decodes_the_same_with_a_graph() -> None:
+    pipeline = Pipeline(tiny_components())
+    latents = [torch.randn(1, 8, side, 2) for side in (2, 2, 2, 3, 2)]
+    plain = [pipeline.decode(latent)[0].tobytes() for latent in latents]
+    recorder = Recorder()
+    pipeline._placing.decode_graphs = Graphs(recorder)
+
+    def check(latents: list[Tensor]) -> None:
+        got = [pipeline.decode(latent)[0].tobytes() for latent in latents]
+        assert got == plain
+
+    check(latents)
+    assert (recorder.captured, recorder.replayed) == (1, 2)
+    assert_detects(check, [latents[1] + 0.1, *latents[1:]])
+    weight = pipeline.components.autoencoder.decoder.stem.weight
+    weight.data = 1.1 * weight.data
+    changed = pipeline.decode(latents[0])[0].tobytes()
+    pipeline._placing.decode_graphs = Graphs(None)
+    assert changed == pipeline.decode(latents[0])[0].tobytes() != plain[0]
+
+
+def test_out_of_memory_in_a_decode_graph_is_tried_in_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seats = Pipeline(tiny_components())._placing
+    latent = torch.randn(1, 8, 4, 4)
+    monkeypatch.setattr(placing, "SMALL_TILES", (64,))
+    with torch.inference_mode():
+        expected = decode_tiled(seats._autoencoder, latent, tile=64)[0]
+
+    def full(_call: Callable[[], Tensor]) -> Any:
+        raise torch.OutOfMemoryError("in a graph")
+
+    seats.decode_graphs = graphs = Graphs(full)
+    monkeypatch.setattr(seats._autoencoder, "decode", refusing(seats._autoencoder.decode, 64))
+    with torch.inference_mode():
+        assert torch.equal(seats.decode(latent), expected)
+    assert not graphs._captured
+
+
+def refusing(decode: Callable[[Tensor], Tensor], largest: int) -> Callable[[Tensor], Tensor]:
+    def call(latent: Tensor) -> Tensor:
+        if FACTOR * latent.shape[-1] > largest:
+            raise torch.OutOfMemoryError("too large")
+        return decode(latent)
+
+    return call
+
+
+def test_a_decode_graph_is_held_only_where_it_is_proven_and_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = preset("sana-1600m-1024").config
+    monkeypatch.setattr(placing, "cuda_capture", Recorder)
+    seats = placing.Placing(tiny_components(), "cpu")
+    seats._config, seats._uses_graphs = config, True
+
+    def holds(limit: int | None, side: int = 1024, **changes: Any) -> tuple[bool, bool]:
+        chosen = MemoryPlan(peak=10 * GIB, **changes)
+        seats._make_room(chosen, Canvas(width=side, height=side), limit)
+        return seats.graphs.is_on, seats.decode_graphs.is_on
+
+    assert holds(None) == (True, False), "nobody has run it on a card"
+    with ops.trying("decode_graph"):
+        assert holds(None) == (True, True)
+        assert holds(None, side=4096) == (True, False), "there the device is not waiting"
+        assert holds(None, tile=512) == (True, False)
+        assert holds(None, dit="visits", autoencoder="visits") == (False, False)
+        assert holds(10 * GIB) == (False, False)
+        assert holds(11 * GIB) == (True, False)
+        assert holds(12 * GIB) == (True, True)
 
 
 @pytest.mark.gpu

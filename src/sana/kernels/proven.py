@@ -21,6 +21,7 @@ Way: TypeAlias = Literal[
     "fast_silu",
     "cross_attention",
     "doubling",
+    "decode_graph",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -38,6 +39,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "cross_attention": None,
         # DC-AE: nearest and 3x3 as a transposed convolution, then `add_repeated_`.
         "doubling": None,
+        # The whole decoder as a CUDA graph (`sana.pipelines.placing`).
+        "decode_graph": None,
     }
 )
 """Each way with the report that proves it, or None."""

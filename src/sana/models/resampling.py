@@ -46,10 +46,11 @@ def transposed(weight: Tensor) -> Tensor:
     Along each side an output cell sees one input cell through one tap and its neighbor through the
     sum of the other two.
     """
-    side = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    taps = torch.einsum("ap,bq->pqab", side, side).flatten(2).flatten(0, 1)  # (9, 16)
-    summed = (weight.flatten(2) @ taps).unflatten(-1, (4, 4))
-    return channels_last(summed.transpose(0, 1))
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for dim in (2, 3):
+        first, middle, last = wide.unbind(dim)
+        wide = torch.stack([last, middle + last, first + middle, first], dim)
+    return channels_last(wide.to(weight.dtype).transpose(0, 1))
 
 
 def product_by_groups(x: Tensor, weight: Tensor) -> Tensor:

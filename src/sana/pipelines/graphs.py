@@ -44,9 +44,10 @@ class Captured:
     """What else it reads: the position tables, which the network drops for another shape."""
 
     def is_valid(self, tensors: list[Tensor], changing: int, owner: nn.Module) -> bool:
-        """Whether the weights are where they were; looked at with every new text."""
-        known = zip(self.given[changing:], tensors[changing:], strict=True)
-        return all(ref() is tensor for ref, tensor in known) or self.weights == addresses(owner)
+        """Whether the weights are where they were; looked at with every new text, or always."""
+        known = list(zip(self.given[changing:], tensors[changing:], strict=True))
+        is_same = bool(known) and all(ref() is tensor for ref, tensor in known)
+        return is_same or self.weights == addresses(owner)
 
     def run(self, tensors: list[Tensor], changing: int) -> Tensor:
         """A new tensor; the first `changing` tensors are copied always, others if not the last."""
@@ -66,12 +67,17 @@ class Graphs:
         self._seen: set[Any] = set()
         self._captured: dict[Any, Captured] = {}
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything can be captured."""
+        return self._capture is not None
+
     def __call__(
         self,
         network: Callable[..., Tensor],
         owner: nn.Module,
         latent: Tensor,
-        time: Any,
+        time: Any = (),
         *texts: Any,
         **options: Any,
     ) -> Tensor:
@@ -114,7 +120,7 @@ class Graphs:
         try:
             replay, output = self._capture(lambda: network(latent, time, *texts, **dict(options)))
         except RuntimeError as error:
-            logger.warning("no CUDA graph of a step (%s); steps run one operation at a time", error)
+            logger.warning("no CUDA graph (%s); operations are launched one at a time", error)
             self._capture = None
             self.clear()
             return

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sana.kernels import ops
 from sana.models.tiling import decode_bands, encode_tiled
 from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MEMINFO = Path("/proc/meminfo")
+GRAPHED_PIXELS = 2**21
+"""Larger pictures keep the device busy while they are decoded, and a graph of that is large."""
 
 
 class Placing:
@@ -56,8 +60,8 @@ class Placing:
         """`uses_graphs` is whether CUDA graphs may be held where there is room."""
         self.device = torch.device(device)
         self._uses_graphs = uses_graphs and self.device.type == "cuda"
-        self._has_room = False
-        self.graphs = Graphs(None)
+        self._has_room = (False, False)
+        self.graphs, self.decode_graphs = Graphs(None), Graphs(None)
         self._config = components.config
         self._autoencoder = components.autoencoder
         self._limit = limit
@@ -99,20 +103,35 @@ class Placing:
 
     def new_graphs(self) -> Graphs:
         """CUDA graphs of steps, for as long as they are held; where there is room for them."""
-        return Graphs(cuda_capture() if self._has_room else None)
+        return Graphs(cuda_capture() if self._has_room[0] else None)
 
     def _make_room(self, chosen: MemoryPlan, canvas: Canvas, limit: int | None) -> None:
-        """Keep the transformer's graphs, have new ones, or have none, as the plan allows.
+        """Keep the graphs of steps and decoding, have new ones, or have none, as the plan allows.
 
-        A graph holds what a step takes until it is given back, so it counts in every phase.
+        A graph holds what its work takes until it is given back, so it counts in every phase.
         """
+
+        def fits(size: int) -> bool:
+            return limit is None or chosen.peak + size <= limit
+
         held = footprint.graph_bytes(self._config, canvas, self.widths)
-        fits = limit is None or chosen.peak + held <= limit
-        has_room = self._uses_graphs and chosen.dit == "stays" and fits
-        if has_room != self._has_room:
-            self._has_room = has_room
-            self.graphs.clear()
-            self.graphs = self.new_graphs()
+        steps = self._uses_graphs and chosen.dit == "stays" and fits(held)
+        held += footprint.decode_work(
+            self._config.autoencoder, canvas.width, canvas.height, self.widths.autoencoder
+        )
+        is_small = canvas.width * canvas.height <= GRAPHED_PIXELS
+        is_whole = chosen.tile is None and chosen.autoencoder == "stays"
+        decodes = ops.allows("decode_graph") and steps and is_small and is_whole and fits(held)
+        if (steps, decodes) != self._has_room:
+            self._has_room = (steps, decodes)
+            self._drop_graphs()
+            capture = cuda_capture() if steps else None
+            self.graphs = Graphs(capture)
+            self.decode_graphs = Graphs(capture if decodes else None)
+
+    def _drop_graphs(self) -> None:
+        self.graphs.clear()
+        self.decode_graphs.clear()
 
     def enter(self, phase: Phase) -> None:
         """Have the networks of `phase` on the device; call it before each use."""
@@ -141,7 +160,7 @@ class Placing:
                     raise
                 following = left[0]
             # Only here, outside the handler, has the failed attempt let go of its tensors.
-            self.graphs.clear()
+            self._drop_graphs()
             _empty_cache(self.device)
             how = "in one piece" if tile is None else f"in {tile} px tiles"
             logger.warning("out of memory decoding %s; trying %d px tiles", how, following)
@@ -165,11 +184,23 @@ class Placing:
         height, width = (side * factor for side in latent.shape[-2:])
         pixels = torch.empty((3, height, width))
         row = 0
-        for band in decode_bands(self._autoencoder, latent, tile=tile or max(height, width)):
+        for band in self._bands(latent, tile):
             check_finite(band, "the decoded pixels", self._autoencoder.decoder.stem.weight.dtype)
             pixels[:, row : row + band.shape[-2]] = band[0].float()
             row += band.shape[-2]
         return pixels
+
+    def _bands(self, latent: Tensor, tile: int | None) -> Iterable[Tensor]:
+        """Of the decoded picture: of tiles, or of one graph where there is room for it."""
+        network = self._autoencoder
+        if not self.decode_graphs.is_on or tile is not None:
+            whole = max(latent.shape[-2:]) * self._config.autoencoder.factor
+            return decode_bands(network, latent, tile=tile or whole)
+
+        def decode(latent: Tensor, _time: tuple[()]) -> Tensor:
+            return network.decode(latent)
+
+        return [self.decode_graphs(decode, network, latent.to(self.device))]
 
     def _free(self) -> int | None:
         """What this pipeline can have: what is free, and what it has already."""
