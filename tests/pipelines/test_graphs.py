@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gemmas import tiny_gemma
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig
 from sana.kernels import ops
@@ -180,6 +181,29 @@ def test_a_pipeline_decodes_the_same_with_a_graph() -> None:
     assert changed == pipeline.decode(latents[0])[0].tobytes() != plain[0]
 
 
+@pytest.mark.parametrize("length", [None, 20])
+def test_prompts_are_read_the_same_through_a_graph(length: int | None) -> None:
+    gemma, recorder = tiny_gemma(), Recorder()
+    graphs = Graphs(recorder)
+    prompts = ["a red fox", "3 cats", "", "a red fox in the snow"]
+    expected = [gemma.encode([prompt]) for prompt in prompts]
+    negative = [gemma.encode_negative([prompt], length) for prompt in prompts]
+
+    def check(prompts: list[str]) -> None:
+        for prompt, text, other in zip(prompts, expected, negative, strict=True):
+            got = gemma.encode([prompt], replay=graphs)
+            assert torch.equal(got.mask, text.mask)
+            assert_matches(text.states, got.states, 2e-6)  # floor 2e-7
+            got = gemma.encode_negative([prompt], length, replay=graphs)
+            assert torch.equal(got.mask, other.mask)
+            assert_matches(other.states, got.states, 2e-6)  # floor 2e-7
+
+    for _ in range(2):
+        check(prompts)
+    assert recorder.captured == 2 and recorder.replayed > 6
+    assert_detects(check, ["a red cat", *prompts[1:]])
+
+
 def test_out_of_memory_in_a_decode_graph_is_tried_in_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -219,6 +243,7 @@ def test_a_decode_graph_is_held_only_where_it_is_proven_and_fits(
     def holds(limit: int | None, side: int = 1024, **changes: Any) -> tuple[bool, bool]:
         chosen = MemoryPlan(peak=10 * GIB, **changes)
         seats._make_room(chosen, Canvas(width=side, height=side), limit)
+        assert not seats.text_graphs.is_on
         return seats.graphs.is_on, seats.decode_graphs.is_on
 
     assert holds(None) == (True, False), "nobody has run it on a card"
@@ -230,6 +255,11 @@ def test_a_decode_graph_is_held_only_where_it_is_proven_and_fits(
         assert holds(10 * GIB) == (False, False)
         assert holds(11 * GIB) == (True, False)
         assert holds(12 * GIB) == (True, True)
+    seats._networks["text"] = tiny_gemma()
+    with ops.trying("text_graph"):
+        for text, is_on in (("stays", True), ("visits", False)):
+            seats._make_room(MemoryPlan(text=text), Canvas(width=1024, height=1024), None)  # type: ignore[arg-type]
+            assert seats.graphs.is_on and seats.text_graphs.is_on == is_on
 
 
 @pytest.mark.gpu

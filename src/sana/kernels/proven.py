@@ -22,6 +22,7 @@ Way: TypeAlias = Literal[
     "cross_attention",
     "doubling",
     "decode_graph",
+    "text_graph",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -41,6 +42,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "doubling": None,
         # The whole decoder as a CUDA graph (`sana.pipelines.placing`).
         "decode_graph": None,
+        # Gemma-2 behind the instruction as a CUDA graph.
+        "text_graph": None,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -15,7 +15,7 @@ so it is refused, and autocast is switched off.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,8 +34,12 @@ logger = logging.getLogger(__name__)
 
 PADDING = 0
 """Gemma's token number of <pad>."""
+BLOCK = 64
+"""With a `Replay`, tokens are padded to multiples of so many, so that prompts share its shapes."""
 Memory: TypeAlias = list[tuple[Tensor, Tensor]]
 """Keys and values [B, K, P, D] of each layer."""
+Replay: TypeAlias = Callable[..., Tensor]
+"""(function, owner of its weights, *inputs) -> its result, perhaps from a graph of the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +89,21 @@ class Gemma2(nn.Module):
         return self._run(ids, mask)[0]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> TextStates:
-        """Each prompt after the instruction: its first token's state and those of the prompt."""
-        return _padded([self._after_instruction(self._clean(prompt)) for prompt in prompts])
+    def encode(self, prompts: Sequence[str], *, replay: Replay | None = None) -> TextStates:
+        """Each prompt after the instruction: its first token's state and those of the prompt.
+
+        With `replay` each is read through it in one of few lengths, padding behind it unread.
+        """
+        return _padded([self._after_instruction(self._clean(prompt), replay) for prompt in prompts])
 
     @torch.no_grad()
-    def encode_negative(self, prompts: Sequence[str], length: int | None = None) -> TextStates:
+    def encode_negative(
+        self,
+        prompts: Sequence[str],
+        length: int | None = None,
+        *,
+        replay: Replay | None = None,
+    ) -> TextStates:
         """Prompts without the instruction, as unconditional texts are.
 
         With `length`, states go on over padding up to there; the mask still ends at the prompt.
@@ -101,7 +114,7 @@ class Gemma2(nn.Module):
             missing = max(0, (length or 0) - ids.shape[1])
             mask = F.pad(torch.ones_like(ids, dtype=torch.bool), (0, missing))
             ids = F.pad(ids, (0, missing), value=PADDING)
-            rows.append(self._run(ids, mask if missing else None)[0][0])
+            rows.append(self._read(ids, mask if missing else None, None, replay)[0])
             masks.append(mask[0].to(rows[-1].device))
         return TextStates(
             states=pad_sequence(rows, batch_first=True), mask=pad_sequence(masks, batch_first=True)
@@ -110,7 +123,7 @@ class Gemma2(nn.Module):
     def _clean(self, prompt: str) -> str:
         return prompt.lower().strip() if self.lowers else prompt.strip()
 
-    def _after_instruction(self, prompt: str) -> Tensor:
+    def _after_instruction(self, prompt: str, replay: Replay | None) -> Tensor:
         """[T, W]: position 0 and the last `max_tokens` - 1 that instruction and prompt can have.
 
         The first of those last is the instruction's final token, a space that may melt into the
@@ -131,8 +144,10 @@ class Gemma2(nn.Module):
         shared = _common(prefix.ids, ids)
         if shared == len(ids):
             return prefix.first
-        memory = [(key[:, :, :shared], value[:, :, :shared]) for key, value in prefix.memory]
-        states, _ = self._run(torch.tensor([ids[shared:]]), None, memory)
+        memory = prefix.memory
+        if shared < end:
+            memory = [(key[:, :, :shared], value[:, :, :shared]) for key, value in memory]
+        states = self._read(torch.tensor([ids[shared:]]), None, memory, replay)
         return torch.cat([prefix.first, states[0, end - shared :]])
 
     def _instruction_prefix(self) -> _Prefix:
@@ -148,6 +163,23 @@ class Gemma2(nn.Module):
             kept = _Prefix(ids=ids, first=states[0, :1].clone(), memory=memory)
             self._prefix = kept
         return kept
+
+    def _read(
+        self, ids: Tensor, mask: Tensor | None, memory: Memory | None, replay: Replay | None
+    ) -> Tensor:
+        """States [B, T, W], through `replay` if there is one."""
+        if replay is None:
+            return self._run(ids, mask, memory)[0]
+        length, device = ids.shape[1], self.model.embed_tokens.weight.device
+        # Attention is causal: what is behind a token never reaches it.
+        ids = F.pad(ids, (0, -length % BLOCK), value=PADDING).to(device)
+        marks: Any = ()
+        if mask is not None:
+            marks = F.pad(mask, (0, -length % BLOCK)).to(device)
+        return replay(self._replayed, self.model, ids, marks, tuple(memory or ()))[:, :length]
+
+    def _replayed(self, ids: Tensor, marks: Any, memory: tuple[Any, ...]) -> Tensor:
+        return self._run(ids, marks if isinstance(marks, Tensor) else None, list(memory) or None)[0]
 
     def _run(
         self, ids: Tensor, mask: Tensor | None = None, memory: Memory | None = None
@@ -186,7 +218,8 @@ class GemmaDecoder(nn.Module):
         assert length <= self.config.window, "longer than the sliding window of every other layer"
         assert mask is None or memory is None
         x = self.embed_tokens(ids)
-        x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype, device=x.device)
+        # Rounded to the dtype, as in the original; from the host a copy would wait for the device.
+        x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype).item()
         turns = _turns(self.config, before, length, x)
         seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[before:]
         hidden = ~(seen if mask is None else seen & mask[:, None, None, :].bool())

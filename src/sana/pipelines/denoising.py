@@ -53,8 +53,10 @@ def make_denoiser(
     config, dit = components.config, components.dit
     has_second = request.guidance != 1 and not config.dit.guidance_embedding
     placing.enter("text")
-    encoded = components.text.encode([request.prompt])
-    negative = _read_negative(components, request, encoded) if has_second else None
+    # A text encoder without graphs knows no such option.
+    options = {"replay": placing.text_graphs} if placing.text_graphs.is_on else {}
+    encoded = components.text.encode([request.prompt], **options)
+    negative = _read_negative(components, request, encoded, options) if has_second else None
     placing.enter("denoise")
     if request.loras:
         dit = adapted(dit, [load_lora(name, dit) for name in request.loras], request.lora_scales)
@@ -160,9 +162,11 @@ def _present(network: Any, placing: Placing) -> Any:
     return call
 
 
-def _read_negative(components: Components, request: Any, conditional: TextStates) -> TextStates:
+def _read_negative(
+    components: Components, request: Any, conditional: TextStates, options: dict[str, Any]
+) -> TextStates:
     length = conditional.mask.shape[1] if components.config.borrows_mask else None
-    return components.text.encode_negative([request.negative_prompt], length)
+    return components.text.encode_negative([request.negative_prompt], length, **options)
 
 
 def _negative(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.kernels import ops
+from sana.models.gemma import Gemma2
 from sana.models.tiling import decode_bands, encode_tiled
 from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
@@ -60,8 +61,8 @@ class Placing:
         """`uses_graphs` is whether CUDA graphs may be held where there is room."""
         self.device = torch.device(device)
         self._uses_graphs = uses_graphs and self.device.type == "cuda"
-        self._has_room = (False, False)
-        self.graphs, self.decode_graphs = Graphs(None), Graphs(None)
+        self._has_room = (False, False, False)
+        self.graphs, self.text_graphs, self.decode_graphs = (Graphs(None) for _ in range(3))
         self._config = components.config
         self._autoencoder = components.autoencoder
         self._limit = limit
@@ -106,32 +107,40 @@ class Placing:
         return Graphs(cuda_capture() if self._has_room[0] else None)
 
     def _make_room(self, chosen: MemoryPlan, canvas: Canvas, limit: int | None) -> None:
-        """Keep the graphs of steps and decoding, have new ones, or have none, as the plan allows.
+        """Keep the graphs that are held, have new ones, or have none, as the plan allows.
 
         A graph holds what its work takes until it is given back, so it counts in every phase.
         """
+        config, widths = self._config, self.widths
+        free = None if limit is None else limit - chosen.peak
 
-        def fits(size: int) -> bool:
-            return limit is None or chosen.peak + size <= limit
+        def holds(size: int, *, wanted: bool) -> bool:
+            nonlocal free
+            fits = wanted and (free is None or size <= free)
+            free = free - size if fits and free is not None else free
+            return fits
 
-        held = footprint.graph_bytes(self._config, canvas, self.widths)
-        steps = self._uses_graphs and chosen.dit == "stays" and fits(held)
-        held += footprint.decode_work(
-            self._config.autoencoder, canvas.width, canvas.height, self.widths.autoencoder
-        )
-        is_small = canvas.width * canvas.height <= GRAPHED_PIXELS
-        is_whole = chosen.tile is None and chosen.autoencoder == "stays"
-        decodes = ops.allows("decode_graph") and steps and is_small and is_whole and fits(held)
-        if (steps, decodes) != self._has_room:
-            self._has_room = (steps, decodes)
+        wanted = self._uses_graphs and chosen.dit == "stays"
+        steps = holds(footprint.graph_bytes(config, canvas, widths), wanted=wanted)
+        wanted = steps and ops.allows("text_graph") and chosen.text == "stays"
+        wanted &= isinstance(self._networks.get("text"), Gemma2)
+        texts = holds(footprint.text_work(config.text, widths.text), wanted=wanted)
+        wanted = steps and ops.allows("decode_graph") and chosen.autoencoder == "stays"
+        wanted &= chosen.tile is None and canvas.width * canvas.height <= GRAPHED_PIXELS
+        sides = (canvas.width, canvas.height)
+        work = footprint.decode_work(config.autoencoder, *sides, widths.autoencoder)
+        decodes = holds(work, wanted=wanted)
+        if (steps, texts, decodes) != self._has_room:
+            self._has_room = (steps, texts, decodes)
             self._drop_graphs()
             capture = cuda_capture() if steps else None
             self.graphs = Graphs(capture)
+            self.text_graphs = Graphs(capture if texts else None)
             self.decode_graphs = Graphs(capture if decodes else None)
 
     def _drop_graphs(self) -> None:
-        self.graphs.clear()
-        self.decode_graphs.clear()
+        for graphs in (self.graphs, self.text_graphs, self.decode_graphs):
+            graphs.clear()
 
     def enter(self, phase: Phase) -> None:
         """Have the networks of `phase` on the device; call it before each use."""
