@@ -103,7 +103,7 @@ class Bench:
 
     def share(self) -> float:
         """Seconds for one set of repetitions."""
-        return 0.2 if self.options.tiny else min(4.0, max(0.5, self.left() / 20))
+        return 0.2 if self.options.tiny else min(2.0, max(0.3, self.left() / 60))
 
     def left(self) -> float:
         """Seconds until no row may begin."""
@@ -206,7 +206,9 @@ def time_peer(row: Row, rig: Rig, bench: Bench) -> dict[str, Any]:
     peak = bench.peak(rig.reference_bytes)
     if row.batch > 1:
         return {**whole.as_json(), "first_ms": 1000 * first, "peak_bytes": peak}
-    latent = timed(lambda: rig.ask_peer(request, "latent"), bench.device, seconds=share / 4)
+    latent = timed(
+        lambda: rig.ask_peer(request, "latent"), bench.device, seconds=share / 4, least=2
+    )
     sprint = rig.config.dit.guidance_embedding
     more = {} if sprint else {"do_classifier_free_guidance": True}
     text = timed(

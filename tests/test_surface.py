@@ -8,6 +8,7 @@ from typing import Any
 from cyclopts import Parameter
 
 import sana
+from sana.cli.bench import bench
 from sana.cli.convert import convert
 from sana.cli.data import stickers
 from sana.cli.doctor import doctor
@@ -90,6 +91,7 @@ def test_verbs() -> None:
         "train",
         "reproduce",
         "evaluate",
+        "bench",
         "doctor",
     ]
 
@@ -104,6 +106,11 @@ def test_flags() -> None:
         *("--pag-scale", "--pag-block", "--model", "-m", "--lora", "--lora-scale"),
         *("--output", "-o", "--again", "--preview", "--preview_interval"),
         *("--best_of", "--judge", "--judge_model", "--drafts", "--keep"),
+        *("--device", "--dtype", "--memory", "--offline", "--threads"),
+    ]
+    assert flags(bench) == [
+        *("MODELS", "--prompt", "--steps", "--guidance", "--width", "-W", "--height", "-H"),
+        *("--batch", "--seconds", "--cold", "--json"),
         *("--device", "--dtype", "--memory", "--offline", "--threads"),
     ]
     assert flags(info) == ["TARGET", "--models"]

@@ -103,7 +103,7 @@ def generate(
     made, given = earlier_request(again, given)
     request = Request(**given)
     images = read_pictures(request)
-    machine = _checked(Machine(**parts), made)
+    machine = checked(Machine(**parts), made)
     search = choosing.search()
     keep = None if search is None else search.keep
     targets = _targets(output, request, keep)
@@ -191,8 +191,8 @@ def _thread_count(threads: int | None, made: dict[str, Any]) -> int | None:
     return threads
 
 
-def _checked(machine: Machine, made: dict[str, Any]) -> Machine:
-    """With the threads settled; `RequestError` for a device or a size that cannot be one."""
+def checked(machine: Machine, made: dict[str, Any]) -> Machine:
+    """With the threads settled, by `made` if not stated; `RequestError` for what cannot be."""
     device = machine.device
     if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise RequestError(f"device is {device!r}; it must be cpu, cuda, cuda:1 or mps")
@@ -264,8 +264,13 @@ def _slug(prompt: str) -> str:
     return slug or "picture"
 
 
-def load_pipeline(request: Request, machine: Machine, place: Place | None = None) -> Pipeline:
-    """The pipeline that `request` names, on the machine's device or, under torchrun, `place`'s."""
+def load_pipeline(
+    request: Request, machine: Machine, place: Place | None = None, *, batch: int = 1
+) -> Pipeline:
+    """The pipeline that `request` names, on the machine's device or, under torchrun, `place`'s.
+
+    It denoises `batch` pictures at a time.
+    """
     # OpenMP reads this when torch brings it in. Threads that spin at a barrier while another
     # program has their core made a picture many times slower; asleep, they cost little when idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -287,6 +292,7 @@ def load_pipeline(request: Request, machine: Machine, place: Place | None = None
         dtype=dtype,
         memory=machine.memory,
         offline=bool(machine.offline),
+        batch=batch,
     )
 
 

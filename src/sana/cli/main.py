@@ -32,6 +32,7 @@ VERBS = {
     "train": "Train a model by a recipe.",
     "reproduce": "Try one of the papers' claims, small.",
     "evaluate": "Draw prompt lists, and measure what was drawn.",
+    "bench": "Time models on this machine: text, steps, decoding, memory.",
     "doctor": "Say what is installed, what it can compute on, and which models would fit.",
 }
 

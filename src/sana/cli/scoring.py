@@ -181,8 +181,13 @@ def with_flags(
     """The command's signature with its **fields replaced by `before` and the fields of `kind`."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "fields"]
+    return inspect.Signature([*own, *before, *keywords(kind)])
+
+
+def keywords(kind: type) -> list[inspect.Parameter]:
+    """Each field of a dataclass as a keyword."""
     hints = get_type_hints(kind, include_extras=True)
-    more = [
+    return [
         inspect.Parameter(
             part.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -191,4 +196,3 @@ def with_flags(
         )
         for part in fields_of(kind)
     ]
-    return inspect.Signature([*own, *before, *more])
