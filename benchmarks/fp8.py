@@ -1,0 +1,232 @@
+"""Would the transformer's large products pay in fp8 (e4m3)? What they cost in accuracy and time.
+
+    python benchmarks/fp8.py                 # on a GPU of capability 8.9 or newer: right? how fast?
+    python benchmarks/fp8.py --picture       # on any machine: sticker-512 drawn with emulated fp8
+    python benchmarks/fp8.py --interpret     # the row kernel in triton's interpreter, on a CPU
+
+An experiment, not a way to draw: nothing in `sana` uses it yet. Each row of an input (a token) and
+each row of a weight (an output channel) has a scale of its own, its largest value over 448; the
+product of the two fp8 matrices is summed in fp32 and scaled back. `emulated` does exactly that in
+plain PyTorch, and is what the GPU's product is held against. Products of the blocks alone are in
+fp8, without keys and values of the text, which are made once a picture; stem, times, text and
+output stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "src")]
+if "--interpret" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of e4m3."""
+LEAST = 1e-12
+"""Of a row's largest value, so that a row of zeros has a scale."""
+BLOCK_PARTS = (
+    "attention.qkv",
+    "attention.output",
+    "cross_attention.query",
+    "cross_attention.output",
+    "feed_forward.expand",
+    "feed_forward.project",
+)
+PROMPTS = ("a red fox", "a smiling person with glasses", "two blue whales", "a green apple")
+
+
+def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) -> fp8 (M, K) and its scales (M, 1) in fp32, with x ~ fp8 * scale."""
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST) / LARGEST
+    return (wide / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+
+
+def emulated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) and weight (N, K) -> (..., N) by way of fp8, with products summed in fp32."""
+    (a, a_scale), (b, b_scale) = scaled_rows(x.flatten(0, -2)), scaled_rows(weight)
+    y = (a.float() @ b.float().T) * a_scale * b_scale.T
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Emulated(nn.Module):
+    """A linear layer in emulated fp8."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return emulated(x, self.weight, self.bias)
+
+
+def emulate(network: nn.Module) -> int:
+    """Put the blocks' products of `network` in emulated fp8; how many there were."""
+    count = 0
+    blocks = network.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks:
+        for path in BLOCK_PARTS:
+            parent, name = path.split(".")
+            owner = block.get_submodule(parent)
+            setattr(owner, name, Emulated(owner.get_submodule(name)))  # type: ignore[arg-type]
+            count += 1
+    return count
+
+
+def row_kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`scaled_rows` as one pass in Triton."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def scale_row(x_ptr, q_ptr, scale_ptr, count, largest, BLOCK: tl.constexpr):  # noqa: N803
+        """One row; rounded to e4m3's steps first, since the interpreter's cast loses a carry."""
+        row = tl.program_id(0).to(tl.int64)
+        k = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * count + k, mask=k < count, other=0.0).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / largest
+        q = tl.minimum(tl.maximum(x / scale, -largest), largest)
+        bits = q.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # 3 of 23 digits, ties to even
+        small = (q + 24576.0) - 24576.0  # below 2^-6 in steps of 2^-9
+        q = tl.where(tl.abs(q) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+        tl.store(q_ptr + row * count + k, q.to(q_ptr.dtype.element_ty), mask=k < count)
+        tl.store(scale_ptr + row, scale)
+
+    globals()["tl"] = tl  # a kernel reads the names of its module
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, count = x.shape
+        q, scale = torch.empty_like(x, dtype=FP8), x.new_empty((rows, 1), dtype=torch.float32)
+        block = triton.next_power_of_2(count)
+        warps = 4 if block <= 2048 else 8
+        scale_row[(rows,)](x.contiguous(), q, scale, count, LARGEST, BLOCK=block, num_warps=warps)
+        return q, scale
+
+    return call
+
+
+def check_kernel(device: str, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
+    """The kernel against `scaled_rows`: values within one step of e4m3, scales to fp32's digits."""
+    x = torch.randn(shape, device=device).to(dtype)
+    x[0] = 0
+    (q, scale), (exact, exact_scale) = row_kernel()(x), scaled_rows(x)
+    scales = rel_rms(exact_scale, scale)
+    differing = float((q.float() != exact.float()).double().mean())
+    values = rel_rms(exact.float() * exact_scale, q.float() * scale)
+    is_right = scales < 1e-6 and values < 2e-3 and differing < 1e-3
+    print(f"rows {shape}: scales {scales:.1e}, values {values:.1e}, {differing:.1e} of them differ")
+    print("  right" if is_right else "  WRONG")
+    return is_right
+
+
+def run_gpu() -> bool:
+    """Each product of a 1.6B block for two samples of 1024 px, right and timed against bf16."""
+    from triton.testing import do_bench
+
+    from sana.presets import preset
+
+    config = preset("sana-1600m-1024").config.dit
+    width, hidden, rows = config.width, config.mlp_width, 2 * 1024
+    good = check_kernel("cuda", torch.bfloat16, (rows, width))
+    kernel, total = row_kernel(), [0.0, 0.0]
+    shapes = {"qkv": (width, 3 * width), "width": (width, width)}
+    shapes |= {"expand": (width, 2 * hidden), "project": (hidden, width)}
+    for name, (into, out) in shapes.items():
+        x = torch.randn(rows, into, device="cuda").bfloat16()
+        weight = (torch.randn(out, into, device="cuda") / into**0.5).bfloat16()
+        bias = torch.randn(out, device="cuda").bfloat16()
+        b, b_scale = scaled_rows(weight)
+        b, b_scale = b.t(), b_scale.t().contiguous()
+
+        def product(q: Tensor, scale: Tensor, b=b, b_scale=b_scale, bias=bias) -> Tensor:
+            options = {"out_dtype": torch.bfloat16, "bias": bias}
+            return torch._scaled_mm(q, b, scale_a=scale, scale_b=b_scale, **options)
+
+        error = rel_rms(emulated(x, weight, bias), product(*kernel(x)))
+        good &= error < 5e-3  # the result's own digits leave 1.7e-3
+        plain = do_bench(lambda x=x, w=weight, o=bias: F.linear(x, w, o), return_mode="median")
+        alone = kernel(x)
+        times = [
+            do_bench(call, return_mode="median")
+            for call in (lambda x=x: kernel(x), lambda f=product, q=alone: f(*q))
+        ]
+        against = rel_rms(
+            F.linear(x.double(), weight.double(), bias.double()), emulated(x, weight, bias)
+        )
+        print(
+            f"{name:8} {into:5} -> {out:5}: off the emulation {error:.1e}, off the product "
+            f"{against:.1e}; bf16 {plain:.4f} ms, rows {times[0]:.4f}, product {times[1]:.4f}"
+        )
+        count = 3 if name == "width" else 1
+        total = [total[0] + count * plain, total[1] + count * sum(times)]
+    print(f"a block: bf16 {total[0]:.3f} ms, fp8 {total[1]:.3f} ms; kernels alone, no graph")
+    return good
+
+
+def run_picture() -> bool:
+    """sticker-512 as it is and with emulated fp8: what the second step changes, the pictures."""
+    import numpy as np
+
+    import sana
+    from sana.models.dit import LinearDiT
+
+    pipeline = sana.load("sticker-512", device="cpu")
+    request = [sana.Request(prompt=prompt, seeds=7) for prompt in PROMPTS]
+    plain = [(first_latent(pipeline, one), pipeline.generate(one)[0]) for one in request]
+    network = pipeline.components.dit
+    assert isinstance(network, LinearDiT)
+    print(f"{emulate(network)} products of {len(network.blocks)} blocks in emulated fp8")
+    for one, (latent, picture) in zip(request, plain, strict=True):
+        error = rel_rms(latent[1] - latent[0], first_latent(pipeline, one)[1] - latent[0])
+        got = np.asarray(pipeline.generate(one)[0], dtype=float)
+        wrong = got - np.asarray(picture, dtype=float)
+        psnr = 20 * np.log10(255 / max(1e-9, float(np.sqrt((wrong**2).mean()))))
+        print(
+            f"{one.prompt}: second step's change off by {error:.1e}, PSNR {psnr:.1f} dB", flush=True
+        )
+    return True
+
+
+def first_latent(pipeline: object, request: object) -> tuple[Tensor, Tensor]:
+    """The latents of the first and second step."""
+    steps = pipeline.steps(request)  # type: ignore[attr-defined]
+    return tuple(next(steps).latent.clone() for _ in range(2))  # type: ignore[return-value]
+
+
+def rel_rms(exact: Tensor, got: Tensor) -> float:
+    """RMS of the difference over RMS of the reference; NaN where anything is."""
+    exact = exact.double()
+    return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def main() -> int:
+    """1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--picture", action="store_true")
+    parser.add_argument("--interpret", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    if options.picture:
+        return int(not run_picture())
+    if options.interpret:
+        shapes = ((3, 16), (5, 300))
+        return int(not all(check_kernel("cpu", torch.float32, shape) for shape in shapes))
+    return int(not run_gpu())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
