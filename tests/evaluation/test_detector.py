@@ -21,7 +21,7 @@ from sana.evaluation.detector import detect, load
 from sana.evaluation.stickers import _STREAM, render_truth, score, truth_scene
 from sana.models.detector import Detector, Peaks, _without_doubles, fit, overlap
 from sana.training.config import DataConfig, TrainConfig
-from sana.training.softening import soften
+from sana.training.softening import _gaussian, soften
 from sana.training.tasks.detector import (
     Batch,
     DetectorScenes,
@@ -121,6 +121,24 @@ def test_softening_moves_boxes_with_their_pixels() -> None:
 
     check(boxes)
     assert_detects(check, boxes + 0.05)
+
+
+def test_blur_is_a_convolution_with_borders_continued() -> None:
+    images, sigma = torch.randn(2, 3, 24, 20, generator=torch.Generator().manual_seed(0)), 2.0
+    line = torch.exp(-torch.arange(-4.0, 5).square() / (2 * sigma**2))
+    kernel = torch.outer(line, line) / line.sum() ** 2
+
+    def convolved(mode: str) -> torch.Tensor:
+        padded = torch.nn.functional.pad(images, (4,) * 4, mode=mode)
+        return torch.nn.functional.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None])
+
+    found = _gaussian(images, sigma).flatten(0, 1)[:, None]
+
+    def check(expected: torch.Tensor) -> None:
+        assert_matches(expected, found, 1e-6)
+
+    check(convolved("replicate"))
+    assert_detects(check, convolved("reflect"))
 
 
 def test_heat_loss_by_hand() -> None:

@@ -77,14 +77,14 @@ def paint(kinds: Tensor, colors: Tensor, knobs: Tensor, size: int, palette: Pale
     kinds: int64 [B] on the CPU, index into `KINDS`. colors: uint8 [B, 2, 3]. knobs: fp32 [B, 6].
     """
     device = palette.device
-    ends = colors.to(device, torch.float32, non_blocking=True) / 255
+    ends = send(colors, device).float() / 255
     canvas = ends[:, 0, None, None, :].repeat(1, size, size, 1)
     for kind in kinds.unique().tolist():
         if KINDS[kind] == "plain":
             continue
         rows = (kinds == kind).nonzero().flatten()
-        turns = knobs[rows].to(device, non_blocking=True)[:, None, None, :]
-        rows = rows.to(device, non_blocking=True)
+        turns = send(knobs[rows], device)[:, None, None, :]
+        rows = send(rows, device)
         brush = Brush(len(rows), size, palette)
         if KINDS[kind] == "gradient":
             share = _gradient(brush, turns)[..., None]
@@ -94,6 +94,13 @@ def paint(kinds: Tensor, colors: Tensor, knobs: Tensor, size: int, palette: Pale
             PAINTERS[KINDS[kind]](brush, turns)
             canvas[rows] = brush.canvas
     return canvas
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; pageable memory would make a GPU's copy wait for its stream."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _gradient(brush: Brush, knobs: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Renderer:
         group = side * 2 + (color >= 0)
         order = group.argsort(stable=True)
         keys, counts = group[order].unique_consecutive(return_counts=True)
-        # One copy for all groups: a copy from pageable memory waits for the whole stream.
+        # One copy for all groups.
         fields = [batch.sprite[scene, slot], color, scene, x * size // CANVAS, y * size // CANVAS]
         placed = self._put(torch.stack(fields)[:, order])
         parts = placed.split(counts.tolist(), dim=1)
@@ -163,7 +163,7 @@ class Renderer:
         return scaled.permute(0, 2, 3, 1)
 
     def _put(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return landscapes.send(tensor, self.device)
 
     def _measure(self, index: Tensor) -> Hues:
         """Colour families at the rows of the sprites that can be recoloured."""

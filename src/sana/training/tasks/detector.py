@@ -125,7 +125,11 @@ class DetectorPhase:
         found = {"heat": heat_loss(heat.float(), box, real)}
         found |= reading_losses(reading, batch.targets, real)
         total = found["heat"] + found["concept"] + 0.5 * found["color"] + 5 * found["box"]
-        return {"loss": total, **found, "accuracy": _accuracy(reading.concept, batch.targets)}
+        right = {
+            "accuracy": _share(reading.concept, batch.targets.concept, real),
+            "color_accuracy": _share(reading.color, batch.targets.color, real),
+        }
+        return {"loss": total, **found, **right}
 
 
 class DetectorScenes(Dataset[Item]):
@@ -213,9 +217,8 @@ def reading_losses(reading: Reading, targets: Targets, real: Tensor) -> dict[str
     return {name: (values * weight).sum() for name, values in (entropies | {"box": error}).items()}
 
 
-def _accuracy(concept: Tensor, targets: Targets) -> Tensor:
-    real = targets.concept >= 0
-    return ((concept.argmax(-1) == targets.concept) & real).sum() / real.sum().clamp_min(1)
+def _share(logits: Tensor, target: Tensor, real: Tensor) -> Tensor:
+    return ((logits.argmax(-1) == target) & real).sum() / real.sum().clamp_min(1)
 
 
 def _symmetric(like: Tensor, generator: torch.Generator) -> Tensor:
