@@ -55,6 +55,19 @@ def test_hinge_losses_by_hand() -> None:
     assert losses.hinge_generator(fake).item() == pytest.approx(0.75)
 
 
+def test_what_no_file_can_hold_is_no_error_and_is_called_back() -> None:
+    drawn = torch.tensor([1.3, 1.3, -0.5, -1.2], requires_grad=True)
+    wanted = torch.tensor([1.0, 0.9, -0.4, -1.0])
+
+    def check(seen: torch.Tensor) -> None:
+        (slope,) = torch.autograd.grad((seen - wanted).square().sum(), drawn)
+        assert seen.tolist() == pytest.approx([1.0, 1.0, -0.5, -1.0])
+        assert slope.tolist() == pytest.approx([0.0, 0.2, -0.2, 0.0], abs=1e-6)
+
+    check(losses.as_seen(drawn))
+    assert_detects(check, drawn.clamp(-1, 1))
+
+
 def test_rate_warms_up_holds_and_decays_to_zero() -> None:
     config = OptimizerConfig(warmup=10, decay=0.5)
     factors = [rate_factor(step, 100, config) for step in range(100)]

@@ -392,7 +392,7 @@ def test_the_logarithmic_error_is_that_of_whole_pictures() -> None:
     assert isinstance(task, AutoencoderTask)
     chance = torch.Generator().manual_seed(4)
     batch = torch.rand(8, 3, 32, 32, generator=chance) - 0.5
-    errors = 0.1 * torch.randn(batch.shape, generator=chance) * torch.arange(1, 9).view(8, 1, 1, 1)
+    errors = 0.02 * torch.randn(batch.shape, generator=chance) * torch.arange(1, 9).view(8, 1, 1, 1)
 
     def check(order: list[int]) -> None:
         whole = errors[order].unflatten(0, (4, 2)).transpose(0, 1).double()

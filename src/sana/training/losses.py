@@ -53,6 +53,15 @@ def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:
     return noise - clean
 
 
+def as_seen(rebuilt: Tensor) -> Tensor:
+    """Pictures as a file would hold them, clamped to -1..1; the gradient passes unchanged.
+
+    Where a picture is as bright as can be, going beyond is then no error, and costs a network
+    nothing; where it is not, a value beyond is still called back.
+    """
+    return rebuilt + (rebuilt.clamp(-1, 1) - rebuilt).detach()
+
+
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
     """E[max(0, 1 - D(real))] + E[max(0, 1 + D(fake))] (Lim and Ye 2017, eq. 8)."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()

@@ -136,9 +136,9 @@ class ReconstructionPhase:
     def loss(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         strength = torch.rand((), generator=generator, device=batch.device)
         noise = self.config.latent_noise * strength
-        rebuilt = self.module(batch, noise, generator)
-        absolute = (rebuilt.float() - batch).abs().mean()
-        squares = (rebuilt.float() - batch).square().mean((1, 2, 3))
+        rebuilt = losses.as_seen(self.module(batch, noise, generator).float())
+        absolute = (rebuilt - batch).abs().mean()
+        squares = (rebuilt - batch).square().mean((1, 2, 3))
         squared = squares.mean()
         # Crops lie as `random_crops` takes them, the pictures in turn.
         logarithm = (squares.unflatten(0, (self.crops, -1)).mean(0) + EXACT).log().mean()

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Train `sticker-512` further on several GPUs, as its fourth run did: a better autoencoder, and the
+# transformer on its new latents.
+#
+#   scripts/train_further.sh MODEL PACK PERCEPTUAL WORK [FIRST SECOND]
+#
+# MODEL: the model folder to start from. PACK, PERCEPTUAL: from `sana data stickers` and `sana data
+# perceptual`. WORK: a folder for runs, logs and the result (WORK/model). FIRST, SECOND: seconds.
+# First the whole autoencoder; then the decoder alone beside the transformer on the new latents.
+# WHOLE, DECODER, FLOW: the GPUs of each, by default those of a machine with three (or four).
+set -euo pipefail
+model=$1 pack=$2 perceptual=$3 work=$4 first=${5:-700} second=${6:-640}
+whole=${WHOLE:-0,1,2} decoder=${DECODER:-0} flow=${FLOW:-1,2}
+mkdir -p "$work/log"
+
+train() { # GPUs, name, recipe, key=value ...
+    local gpus=${1//[^,]/}
+    CUDA_VISIBLE_DEVICES=$1 OMP_NUM_THREADS=4 python3 -m torch.distributed.run --standalone \
+        --nproc-per-node $((${#gpus} + 1)) -m sana.training.run "$3" folder="$work/$2" \
+        steps=1000000 save_every=1000000 data.pack="$pack" data.cache="$work/cache" \
+        autoencoder.perceptual_file="$perceptual" "${@:4}" > "$work/log/$2.log" 2>&1
+    date "+%T $2"
+}
+
+# Draw the pack once, before several processes ask for it.
+python3 -c "
+from pathlib import Path
+from sana.data.stickers.sprites import load_world
+if __name__ == '__main__':
+    load_world('$pack', avatars=5000, cache=Path('$work/cache'))"
+date "+%T pack drawn"
+
+# Whole pictures: at a crop's border, which no picture has, half a decibel is lost for nothing.
+train "$whole" whole sticker-autoencoder seed=21 init="$model" time_limit="$first" \
+    optimizer.decay=0.6 autoencoder.latent_noise=0.02 data.crop=0 data.batch=24
+cp "$model/text.safetensors" "$work/whole/model/"
+
+train "$decoder" decoder sticker-decoder seed=22 init="$work/whole/model" data.crop=0 \
+    data.batch=32 autoencoder.latent_noise=0.01 time_limit=$((second - 90)) &
+train "$flow" flow sticker-512 seed=24 init="$model" flow.autoencoder="$work/whole/model" \
+    time_limit="$second" optimizer.decay=0.7 optimizer.warmup=50 optimizer.rate=1.2e-3 &
+wait -n && wait -n
+
+mkdir -p "$work/model"
+cp "$work/decoder/model/autoencoder.safetensors" "$work"/flow/model/transformer-* \
+    "$model/text.safetensors" "$work/model/"
+date "+%T done"
