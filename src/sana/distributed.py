@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,15 @@ def any_process(*, holds: bool, place: Place) -> bool:
     flag = torch.tensor(float(holds), device=place.device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def gather(thing: Any, place: Place) -> list[Any]:
+    """What each process holds, in the order of their ranks; all get the whole list."""
+    if place.world == 1:
+        return [thing]
+    found: list[Any] = [None] * place.world
+    dist.all_gather_object(found, thing)
+    return found
 
 
 def barrier(place: Place) -> None:

@@ -19,7 +19,7 @@ from sana.distributed import Place
 from sana.errors import RequestError
 from sana.evaluation import detector as files
 from sana.evaluation import exam as exams
-from sana.evaluation import exam_judges
+from sana.evaluation import exam_drawing, exam_judges
 from sana.evaluation.exam import Exam, compare, score_stickers
 from sana.evaluation.report import Share
 from sana.evaluation.sample import Settings
@@ -159,7 +159,7 @@ def test_further_judges_stand_beside(detector: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(exams.alignment, "read", lambda *_: (Sure(), {}))
     asked: list[int] = []
-    draw = exams.drawer
+    draw = exam_drawing.drawer
 
     def counting(*given: Any) -> Any:
         inner = draw(*given)
@@ -170,7 +170,7 @@ def test_further_judges_stand_beside(detector: Path, monkeypatch: pytest.MonkeyP
 
         return drawn
 
-    monkeypatch.setattr(exams, "drawer", counting)
+    monkeypatch.setattr(exam_drawing, "drawer", counting)
     given = {"traits": str(detector), "alignment": str(detector), "trait_count": 2}
     path, text = score_stickers(exam(detector, has_seen=False, **given))
     record = json.loads(path.read_text())
@@ -192,7 +192,7 @@ def test_further_judges_stand_beside(detector: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_stopped_exam_goes_on(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    draw = exams.drawer
+    draw = exam_drawing.drawer
 
     def counting(*given: Any) -> Any:
         inner = draw(*given)
@@ -203,7 +203,7 @@ def test_a_stopped_exam_goes_on(detector: Path, monkeypatch: pytest.MonkeyPatch)
 
         return drawn
 
-    monkeypatch.setattr(exams, "drawer", counting)
+    monkeypatch.setattr(exam_drawing, "drawer", counting)
 
     def kill(what: str, done: int, total: int) -> None:
         if done == 5:

@@ -148,17 +148,21 @@ def stickers(
 ) -> None:
     """Judge a sticker model on held-out prompts, beside seen ones and the judge's own accuracy.
 
-    What was drawn is kept, so a run that was stopped goes on.
+    What was drawn is kept, so a run that was stopped goes on. Runs under torchrun too.
     """
     given = Examining(**fields)
     device = choose_device(given.device)
+    from sana.distributed import session
     from sana.evaluation.exam import score_stickers
 
-    exam = given.exam(model, str(detector), str(pack), output, device)
-    with open_progress() as progress:
-        path, text = score_stickers(exam, Bars(progress).advance)
-    print(text)
-    print(f"\n{path}")
+    with session(device.partition(":")[0]) as place, open_progress() as progress:
+        if place.world > 1:
+            device = str(place.device)
+        exam = given.exam(model, str(detector), str(pack), output, device)
+        path, text = score_stickers(exam, Bars(progress).advance, place)
+    if place.is_main:
+        print(text)
+        print(f"\n{path}")
 
 
 stickers.__signature__ = with_flags(stickers, Examining)  # type: ignore[attr-defined]

@@ -54,7 +54,7 @@ def draw_folder(
     in use, or holds pictures of another plan.
     """
     made_by = origin(pipeline, jobs[0].request)
-    with _held(folder, place):
+    with held(folder, place):
         _agree(folder, jobs, items, made_by, place)
         drawn = 0
         for job in jobs[place.rank :: place.world]:
@@ -93,17 +93,17 @@ def plan_jobs(
 
 
 @contextlib.contextmanager
-def _held(folder: Path, place: Place) -> Iterator[None]:
-    """The lock, taken by the first process for all; every process learns if that fails."""
+def held(folder: Path, place: Place) -> Iterator[None]:
+    """The folder's lock, taken by the first process for all; every one learns if that fails."""
     with contextlib.ExitStack() as stack:
-        with _told(place):
+        with told(place):
             if place.is_main:
                 stack.enter_context(one_at_a_time(folder))
         yield
 
 
 @contextlib.contextmanager
-def _told(place: Place) -> Iterator[None]:
+def told(place: Place) -> Iterator[None]:
     """Where one process is refused, all are, and none waits for another forever."""
     refusal: RequestError | None = None
     try:
@@ -122,7 +122,7 @@ def _agree(
     place: Place,
 ) -> None:
     """Write the plan, or refuse a folder that holds another; clear what a killed run left."""
-    with _told(place):
+    with told(place):
         if not place.is_main:
             return
         plan = _plan(jobs, made_by)

@@ -8,9 +8,9 @@ the detector's own accuracy and, on demand, a reference for Frechet distances. S
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,27 @@ from sana.data.stickers.scene import TASKS
 from sana.data.stickers.sprites import load_world
 from sana.data.stickers.stream import Studio
 from sana.data.stickers.tiny import tiny_world
+from sana.distributed import Place, barrier, gather
 from sana.errors import RequestError
 from sana.evaluation import alignment, traits
 from sana.evaluation.detector import load as load_detector
 from sana.evaluation.distances import ROUNDS, frechet_interval, moments
+from sana.evaluation.draw import held
+from sana.evaluation.exam_drawing import draw_cases, draw_traits, read_all
 from sana.evaluation.exam_judges import (
     alignment_score,
     autoencoder_scores,
-    kept,
     trait_prompts,
     trait_scores,
 )
+from sana.evaluation.exam_sheets import write_sheets
 from sana.evaluation.features import BATCH, Extractor, folder_features, load_extractor
-from sana.evaluation.folders import agree, one_at_a_time
 from sana.evaluation.networks import Network, digest_of
 from sana.evaluation.plan import SEED, Report
-from sana.evaluation.prompts import Item, write_list
 from sana.evaluation.rebuilt import weights_of
 from sana.evaluation.record import Score, write_record
-from sana.evaluation.report import Labelled, Share, contact_sheet, write_json
-from sana.evaluation.sample import Draw, Settings, drawer
-from sana.evaluation.sight import open_picture
+from sana.evaluation.report import Share
+from sana.evaluation.sample import Settings
 from sana.evaluation.stickers import (
     SEED_STRIDE,
     Judge,
@@ -51,12 +51,13 @@ from sana.evaluation.stickers import (
     score,
     summarize,
 )
-from sana.evaluation.traits import TraitJudge
-from sana.pipelines.images import save_png, to_pil, to_tensor
+from sana.pipelines.images import to_pil
 from sana.weights.load import Components, load
 
 UNSEEN, SEEN = "unseen", "seen"
-SHOWN, SIDE = 20, 160
+JUDGED = 16
+"""Prompts whose pictures are judged at once."""
+ALONE = Place(rank=0, world=1, device=torch.device("cpu"))
 AVATARS, FEW_AVATARS = 4000, 8
 """That are loaded of the pack with and without portraits to draw; one in twenty is held out."""
 RESAMPLED = "interval: whole prompts resampled 2000 times"
@@ -96,35 +97,92 @@ class Exam:
             )
 
 
-def score_stickers(exam: Exam, report: Report = lambda what, done, total: None) -> tuple[Path, str]:
-    """Draw, judge and compare; the record's path and the table. Raises `RequestError`."""
-    with one_at_a_time(exam.output):
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Parts:
+    """What has been drawn and who judges; each method is a part of the record, for one process."""
+
+    exam: Exam
+    judge: Judge
+    components: Components
+    sets: dict[str, tuple[PromptCase, ...]]
+    drawn: dict[str, list[list[Path]]]
+    report: Report
+
+    def verdicts(self) -> list[Score]:
+        """Of the detector, on what was drawn and on renders; writes them and the sheets."""
+        cases, paths = self.sets, self.drawn
+        found = {name: _judged(cases[name], paths[name], self.judge) for name in cases}
+        truth = score(render_truth(cases[UNSEEN], self.judge), cases[UNSEEN], self.judge)
+        write_sheets(self.exam.output, found, paths[UNSEEN])
+        return _scores(self.exam, found, truth)
+
+    def distance(self, extractor: Extractor, network: Network) -> list[Score]:
+        """Of what was drawn to renders of the same prompts."""
+        side = self.exam.settings.size or self.components.config.pixels
+        cases = self.sets[UNSEEN]
+        renders = _render_features(extractor, cases, self.judge, self.exam.seeds, side)
+        paths = [path for files in self.drawn[UNSEEN] for path in files]
+        return [_distance(self.exam, extractor, network, paths, renders, self.report)]
+
+    def alignment(self, source: str) -> list[Score]:
+        """By the alignment model."""
+        aligner, _ = alignment.read(source, self.exam.device)
+        return [alignment_score(aligner, self.sets[UNSEEN], self.drawn[UNSEEN], self.judge)]
+
+    def autoencoder(self) -> list[Score]:
+        """Its PSNR and SSIM."""
+        return autoencoder_scores(self.components, self.judge.studio, self.exam.pictures)
+
+
+def score_stickers(
+    exam: Exam, report: Report = lambda what, done, total: None, place: Place = ALONE
+) -> tuple[Path, str]:
+    """Draw, judge and compare; the record's path and the table. Raises `RequestError`.
+
+    Processes share the drawing, then each takes some of the judging; the first writes the record.
+    """
+    with held(exam.output, place):
         judge = _open_judge(exam)
         trait_judge = traits.read(exam.traits, exam.device) if exam.traits else None
-        aligner = alignment.read(exam.alignment, exam.device)[0] if exam.alignment else None
         extractors = [_open_features(exam, source) for source in exam.features]
         sets = {UNSEEN: held_out_prompts(judge.world, exam.count, exam.case_seed)}
         if exam.has_seen:
             share = exam.count * len(COMPARED) // len(TASKS)
             sets[SEEN] = seen_prompts(judge.world, share, exam.case_seed)
         components = load(exam.model, device=exam.device, dtype=torch.float32)
-        verdicts, drawn = {}, {}
-        for name, cases in sets.items():
-            drawn[name] = _drawn(exam, components, cases, name, report)
-            verdicts[name] = _judged(cases, drawn[name], judge)
-        truth = score(render_truth(sets[UNSEEN], judge), sets[UNSEEN], judge)
-        scores = _scores(exam, verdicts, truth)
+        parts = _Parts(
+            exam=exam,
+            judge=judge,
+            components=components,
+            sets=sets,
+            drawn={
+                name: draw_cases(exam, components, cases, name, place, report)
+                for name, cases in sets.items()
+            },
+            report=report,
+        )
+        work: list[Callable[[], list[Score]]] = [parts.verdicts]
         if exam.pictures:
-            scores += autoencoder_scores(components, judge.studio, exam.pictures)
-        if aligner is not None:
-            scores.append(alignment_score(aligner, sets[UNSEEN], drawn[UNSEEN], judge))
+            work.append(parts.autoencoder)
+        if exam.alignment:
+            work.append(partial(parts.alignment, exam.alignment))
         if trait_judge is not None:
-            scores += _trait_scores(exam, components, trait_judge, judge)
-        for extractor, network in extractors:
-            side = exam.settings.size or components.config.pixels
-            renders = _render_features(extractor, sets[UNSEEN], judge, exam.seeds, side)
-            scores.append(_distance(exam, extractor, network, sets[UNSEEN], renders, report))
-        _write_verdicts(exam, verdicts)
+            cases = trait_prompts(judge.studio, exam.trait_count, exam.case_seed)
+            draw = draw_traits(exam, components, cases, place, report)
+            rest = (cases, exam.seeds, trait_judge, judge.studio)
+            work.append(partial(trait_scores, draw, *rest))
+        work += [partial(parts.distance, *pair) for pair in extractors]
+        barrier(place)
+        # The last parts are the longest and those of the first processes.
+        mine = {
+            n: work[n]()
+            for n in range(len(work))
+            if (len(work) - 1 - n) % place.world == place.rank
+        }
+        found = {n: scores for part in gather(mine, place) for n, scores in part.items()}
+        scores = [one for n in sorted(found) for one in found[n]]
+        if not place.is_main:
+            return exam.output, ""
         return write_record(scores, _facts(exam, judge, components, sets), exam.output)
 
 
@@ -169,52 +227,18 @@ def _open_features(exam: Exam, source: str) -> tuple[Extractor, Network]:
     return extractor, network
 
 
-def _drawn(
-    exam: Exam, components: Components, cases: Sequence[PromptCase], name: str, report: Report
-) -> list[list[Path]]:
-    """The pictures of each case, drawn in batches as far as they are not there."""
-    folder = exam.output / name
-    head = _head(exam, components, [case.prompt for case in cases])
-    agree(folder / "exam.json", head)
-    items = [
-        Item(key=f"{i:05}", prompt=c.prompt, facts={"kind": c.kind}) for i, c in enumerate(cases)
-    ]
-    write_list(items, folder / "prompts.jsonl")
-    jobs = [(i, k) for k in range(exam.seeds) for i in range(len(cases))]
-    missing = [(i, k) for i, k in jobs if not (folder / items[i].file(k)).exists()]
-    report(f"drawing {name}", len(jobs) - len(missing), len(jobs))
-    draw: Draw = drawer(components, exam.settings)
-    for start in range(0, len(missing), exam.settings.batch):
-        part = missing[start : start + exam.settings.batch]
-        seeds = [SEED_STRIDE * i + k for i, k in part]
-        pictures = draw([cases[i].prompt for i, _ in part], seeds)
-        for (i, k), seed, picture in zip(part, seeds, pictures, strict=True):
-            facts = {"prompt": cases[i].prompt, "seed": seed, **head}
-            save_png(to_pil(picture), folder / items[i].file(k), {"drawn_in_batches": facts})
-        report(f"drawing {name}", len(part), len(jobs))
-    return [[folder / item.file(k) for k in range(exam.seeds)] for item in items]
-
-
-def _head(exam: Exam, components: Components, prompts: Sequence[str]) -> dict[str, Any]:
-    """What pictures depend on; a run goes on only where all of it is the same."""
-    settings = {k: v for k, v in asdict(exam.settings).items() if k != "batch"}
-    return {
-        "model": components.config.name,
-        "weights": f"{weights_of(components.dit)} {weights_of(components.autoencoder)}",
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "seeds": exam.seeds,
-        **settings,
-    }
-
-
 def _judged(
     cases: Sequence[PromptCase], paths: Sequence[Sequence[Path]], judge: Judge
 ) -> list[Verdict]:
     verdicts: list[Verdict] = []
-    for index, (case, files) in enumerate(zip(cases, paths, strict=True)):
-        pictures = torch.cat([to_tensor(open_picture(path)) for path in files])
-        seeds = [SEED_STRIDE * index + k for k in range(len(files))]
-        verdicts += score(pictures, [case] * len(files), judge, seeds=seeds)
+    for start in range(0, len(cases), JUDGED):
+        rows = range(start, min(start + JUDGED, len(cases)))
+        verdicts += score(
+            read_all([path for row in rows for path in paths[row]]),
+            [cases[row] for row in rows for _ in paths[row]],
+            judge,
+            seeds=[SEED_STRIDE * row + k for row in rows for k in range(len(paths[row]))],
+        )
     return verdicts
 
 
@@ -249,16 +273,6 @@ def _score(metric: str, name: str, shares: dict[str, Share], pictures: int, labe
     )
 
 
-def _trait_scores(
-    exam: Exam, components: Components, trait_judge: TraitJudge, judge: Judge
-) -> list[Score]:
-    cases = trait_prompts(judge.studio, exam.trait_count, exam.case_seed)
-    folder = exam.output / "traits"
-    agree(folder / "exam.json", _head(exam, components, [case.prompt for case in cases]))
-    draw = kept(drawer(components, exam.settings), folder)
-    return trait_scores(draw, cases, exam.seeds, trait_judge, judge.studio)
-
-
 def _render_features(
     extractor: Extractor, cases: Sequence[PromptCase], judge: Judge, seeds: int, side: int
 ) -> Tensor:
@@ -276,15 +290,10 @@ def _distance(
     exam: Exam,
     extractor: Extractor,
     network: Network,
-    cases: Sequence[PromptCase],
+    paths: Sequence[Path],
     renders: Tensor,
     report: Report,
 ) -> Score:
-    paths = [
-        exam.output / UNSEEN / f"{i:05}" / f"{k:04}.png"
-        for i in range(len(cases))
-        for k in range(exam.seeds)
-    ]
     store = exam.output / ".scores" / f"features-{network.sha256[:8]}"
     drawn = folder_features(
         extractor,
@@ -306,27 +315,6 @@ def _distance(
         ),
         networks=(network,),
     )
-
-
-def _write_verdicts(exam: Exam, verdicts: dict[str, list[Verdict]]) -> None:
-    """verdicts.json says of every picture what is wrong; the sheet shows some of each kind."""
-    rows = {
-        name: [
-            {"kind": v.case.kind, "prompt": v.case.prompt, "seed": v.seed, "fault": v.fault}
-            for v in judged
-        ]
-        for name, judged in verdicts.items()
-    }
-    write_json(exam.output / "verdicts.json", rows)
-    entries = []
-    for kind in TASKS:
-        firsts = [(i, v) for i, v in enumerate(verdicts[UNSEEN]) if v.case.kind == kind]
-        for index, verdict in firsts[:: exam.seeds][:SHOWN]:
-            path = exam.output / UNSEEN / f"{index // exam.seeds:05}" / "0000.png"
-            text = verdict.case.prompt + (f" [{verdict.fault}]" if verdict.fault else "")
-            picture = to_tensor(open_picture(path))[0]
-            entries.append(Labelled(picture=picture, text=text, is_right=verdict.is_right))
-    contact_sheet(entries, side=SIDE).save(exam.output / "sheet.png")
 
 
 def _facts(

@@ -10,22 +10,18 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from sana.data.stickers.prompts import PromptCase
 from sana.data.stickers.scene import Kind
 from sana.data.stickers.stream import Studio
 from sana.evaluation.alignment import Aligner
 from sana.evaluation.autoencoder import rebuilt_values
+from sana.evaluation.exam_drawing import read_all
 from sana.evaluation.plan import SEED
 from sana.evaluation.record import Score
 from sana.evaluation.report import Share, bootstrap
-from sana.evaluation.sample import Draw, rebuild
-from sana.evaluation.sight import open_picture
+from sana.evaluation.sample import Draw, rebuild_exactly
 from sana.evaluation.stickers import Judge, render_truth
 from sana.evaluation.traits import TraitCase, TraitJudge, evaluate_traits, trait_cases
-from sana.pipelines.images import save_png, to_pil, to_tensor
 from sana.weights.load import Components
 
 RENDER = "the judge on renders"
@@ -36,24 +32,6 @@ def trait_prompts(studio: Studio, count: int, seed: int) -> list[TraitCase]:
     """`count` held-out prompts of stickers and as many of portraits."""
     kinds: tuple[Kind, ...] = ("sticker", "avatar")
     return [case for kind in kinds for case in trait_cases(studio.composer, kind, count, seed)]
-
-
-def kept(draw: Draw, folder: Path) -> Draw:
-    """`draw`, with every picture saved by its seed and not drawn again where it is there."""
-
-    def path_of(seed: int) -> Path:
-        return folder / f"{seed:08}.png"
-
-    def drawn(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        missing = [(p, s) for p, s in zip(prompts, seeds, strict=True) if not path_of(s).exists()]
-        if missing:
-            pictures = draw([p for p, _ in missing], [s for _, s in missing])
-            for (prompt, seed), picture in zip(missing, pictures, strict=True):
-                facts = {"drawn_in_batches": {"prompt": prompt, "seed": seed}}
-                save_png(to_pil(picture), path_of(seed), facts)
-        return torch.cat([to_tensor(open_picture(path_of(seed))) for seed in seeds])
-
-    return drawn
 
 
 def trait_scores(
@@ -86,10 +64,10 @@ def alignment_score(
     judge: Judge,
 ) -> Score:
     """The share of pictures of which the alignment model says that their prompt holds."""
-    odds = []
-    for case, files in zip(cases, paths, strict=True):
-        pictures = torch.cat([to_tensor(open_picture(path)) for path in files])
-        odds.append(aligner.score(case.prompt, pictures))
+    odds = [
+        aligner.score(case.prompt, read_all(files))
+        for case, files in zip(cases, paths, strict=True)
+    ]
     renders = render_truth(cases, judge)
     own = [
         aligner.score(case.prompt, render[None])
@@ -109,7 +87,7 @@ def alignment_score(
 def autoencoder_scores(components: Components, studio: Studio, count: int) -> list[Score]:
     """PSNR and SSIM of `count` held-out renders of each kind, at the model's own size."""
     size = components.config.pixels
-    found = rebuilt_values(partial(rebuild, components), studio, count=count, size=size)
+    found = rebuilt_values(partial(rebuild_exactly, components), studio, count=count, size=size)
     scores = []
     for place, (metric, name) in enumerate((("psnr", "PSNR dB"), ("ssim", "SSIM"))):
         values = {kind: pair[place].tolist() for kind, pair in found.items()}
@@ -121,8 +99,8 @@ def autoencoder_scores(components: Components, studio: Studio, count: int) -> li
                 share=_over(whole),
                 is_better_high=True,
                 pictures=len(whole),
-                protocol=f"{count} held-out renders of each kind at {size} px, 8 bits; pictures "
-                "resampled 2000 times",
+                protocol=f"{count} held-out renders of each kind at {size} px, fp32, 8 bits; "
+                "pictures resampled 2000 times",
                 parts={kind: _over(part) for kind, part in values.items()} | {"worst": min(whole)},
                 digits=2 if metric == "psnr" else 4,
             )

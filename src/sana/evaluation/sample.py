@@ -77,12 +77,21 @@ def draw_latents(
 
 @torch.inference_mode()
 def rebuild(components: Components, images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in -1..1 through the autoencoder and back."""
+    """Pictures (B, 3, H, W) in -1..1 through the autoencoder and back, as `drawer` decodes."""
     autoencoder = components.autoencoder
     with mixed(images.device):
         parts = [
             autoencoder.decode(autoencoder.encode(part)).float() for part in images.split(DECODED)
         ]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def rebuild_exactly(components: Components, images: Tensor) -> Tensor:
+    """The same in fp32, without TensorFloat-32."""
+    autoencoder = components.autoencoder
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        parts = [autoencoder.decode(autoencoder.encode(part)) for part in images.split(DECODED)]
     return torch.cat(parts).clamp(-1, 1)
 
 

@@ -117,12 +117,17 @@ def wanted_of(composer: Composer, scene: Scene) -> dict[str, str]:
     return wanted
 
 
+def jobs_of(cases: Sequence[TraitCase], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """The prompts and the seeds of all pictures, those of a case one after another."""
+    prompts = [case.prompt for case in cases for _ in seeds]
+    return prompts, [seed + 1000 * index for index in range(len(cases)) for seed in seeds]
+
+
 def evaluate_traits(
     draw: Draw, cases: Sequence[TraitCase], seeds: Sequence[int], judge: TraitJudge, studio: Studio
 ) -> TraitResult:
     """Draw each case once for each seed and compare what is asked for with what is seen."""
-    prompts = [case.prompt for case in cases for _ in seeds]
-    numbers = [seed + 1000 * index for index in range(len(cases)) for seed in seeds]
+    prompts, numbers = jobs_of(cases, seeds)
     marks: list[dict[str, bool]] = []
     for start in range(0, len(prompts), BATCH):
         part = slice(start, start + BATCH)
