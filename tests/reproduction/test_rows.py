@@ -17,12 +17,12 @@ from sana.data.stickers.compose import Composer
 from sana.data.stickers.stream import Studio
 from sana.data.stickers.tiny import tiny_world
 from sana.data.stickers.twins import draw_twins
-from sana.errors import RequestError
-from sana.reproduction import samplers
+from sana.errors import RequestError, TrainingError
+from sana.reproduction import rows, samplers
 from sana.reproduction.captions import SCORES, choose, shares
 from sana.reproduction.rows import ROWS, as_table, find, run
 from sana.reproduction.samplers import Setting, measure, relative_errors
-from sana.reproduction.training import Bench
+from sana.reproduction.training import Bench, Variant
 from sana.training import losses
 from sana.weights.load import load
 from tests.numerics import assert_detects, assert_matches
@@ -144,3 +144,17 @@ def test_training_times() -> None:
 
     check(draw("mode"))
     assert_detects(check, draw("uniform"))
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(bench: Bench, variant: Variant, seed: int) -> dict[str, float]:
+        if variant.name == "no norm":
+            raise TrainingError("50 steps in a row gave a gradient that is not finite")
+        return {"velocity error": 1.0}
+
+    monkeypatch.setattr(rows, "run_flow", measured)
+    lines: list[str] = []
+    results = run("text-norm", bench(tmp_path), range(2), lines.append)
+    assert results["no norm"] == [{"diverged": 1.0}] * 2
+    assert results["norm, scale 1"] == [{"velocity error": 1.0}] * 2
+    assert "| no norm" in as_table(results) and any("not finite" in line for line in lines)

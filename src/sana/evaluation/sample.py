@@ -52,14 +52,22 @@ def drawer(components: Components, settings: Settings) -> Draw:
 
 @torch.inference_mode()
 def draw_latents(
-    components: Components, settings: Settings, prompts: Sequence[str], seeds: Sequence[int]
+    components: Components,
+    settings: Settings,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    is_exact: bool = False,
 ) -> Tensor:
-    """The normalized latents [B, C, h, w] that the pictures are decoded from, in one batch."""
+    """The normalized latents [B, C, h, w] that the pictures are decoded from, in one batch.
+
+    `is_exact` draws in fp32 on a GPU too.
+    """
     defaults = components.config.sampling
     method = METHODS[settings.sampler or defaults.sampler]
     times = method.times(settings.steps or defaults.steps, settings.shift or defaults.shift)
     noise = _noise(components, settings, seeds)
-    with mixed(noise.device):
+    with exact() if is_exact else mixed(noise.device):
         sampler = method.start(noise, times)
         whole = method.takes_integer_times and defaults.integer_times
         denoiser = guided(
@@ -90,7 +98,7 @@ def rebuild(components: Components, images: Tensor) -> Tensor:
 def rebuild_exactly(components: Components, images: Tensor) -> Tensor:
     """The same in fp32, without TensorFloat-32."""
     autoencoder = components.autoencoder
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with exact():
         parts = [autoencoder.decode(autoencoder.encode(part)) for part in images.split(DECODED)]
     return torch.cat(parts).clamp(-1, 1)
 
@@ -131,3 +139,8 @@ def _noise(components: Components, settings: Settings, seeds: Sequence[int]) -> 
 def mixed(device: torch.device) -> Any:
     """bf16 autocast on a GPU, nothing on a CPU."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def exact() -> Any:
+    """Convolutions without TensorFloat-32, which torch allows them unasked."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import torch
 
-from sana.errors import RequestError
+from sana.errors import RequestError, TrainingError
 from sana.evaluation.report import table, write_json
 from sana.reproduction import samplers
 from sana.reproduction.training import Bench, Variant, run_autoencoder, run_flow
@@ -125,12 +125,23 @@ def run(name: str, bench: Bench, seeds: Sequence[int], report: Report) -> Result
     # Seeds outside, so that a run that is cut off has compared every variant once.
     for seed in seeds:
         for part, measure in parts.items():
-            found = measure(seed)
+            found = _measured(measure, seed, report)
             results[part].append(found)
             shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
             report(f"{part}, seed {seed}: {shown}")
             write(name, results, bench)
     return results
+
+
+def _measured(
+    measure: Callable[[int], dict[str, float]], seed: int, report: Report
+) -> dict[str, float]:
+    """What a run gave; one whose gradients were no longer finite is a result as well."""
+    try:
+        return measure(seed)
+    except TrainingError as error:
+        report(str(error))
+        return {"diverged": 1.0}
 
 
 def _run_samplers(name: str, bench: Bench, seeds: Sequence[int], report: Report) -> Results:

@@ -68,7 +68,7 @@ def measure(
 
     def draw(setting: Setting) -> Tensor:
         how = Settings(sampler=setting.sampler, shift=setting.shift, steps=setting.steps)
-        return draw_latents(components, how, prompts, seeds).float()
+        return draw_latents(components, how, prompts, seeds, is_exact=True).float()
 
     shift = components.config.sampling.shift
     exact = draw(Setting("dpm", shift, REFERENCE_STEPS))
