@@ -31,7 +31,7 @@ from sana.weights.assign import assign
 from sana.weights.locate import own_header
 from sana.weights.tensors import find_content
 
-BATCH, READERS = 32, 4
+BATCH, READERS = 32, 8
 PART = 1000
 """Pictures whose features are in one file of a run that may be killed."""
 KIND = "features"
@@ -56,7 +56,8 @@ class Extractor:
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Features (B, D) on the CPU."""
         device = next(self.module.parameters()).device
-        pixels = torch.stack([self.prepare(picture) for picture in pictures])
+        with ThreadPoolExecutor(READERS) as pool:
+            pixels = torch.stack(list(pool.map(self.prepare, pictures)))
         features: Tensor = self.module(pixels.to(device)).float().cpu()
         return features
 
