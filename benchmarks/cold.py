@@ -131,11 +131,11 @@ def main() -> int:
     if "probe" in parts:
         failed |= _run("probe", PROBE, [])
     with tempfile.TemporaryDirectory(prefix="sana-cold-") as name:
-        folder = Path(name)
+        folder = options.models or Path(name)
         if {"generate", "profile"} & {*parts}:
-            from memory import write_models
+            from memory import ensure_models
 
-            write_models(folder, is_tiny=options.tiny, names=("medium",))
+            ensure_models(folder, is_tiny=options.tiny, names=("medium",))
         if "generate" in parts:
             failed |= _generate(folder, options.times)
         if "profile" in parts:
@@ -173,6 +173,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small networks, for trying it out")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--times", type=int, default=3, help="processes of `generate`")
+    parser.add_argument(
+        "--models", type=Path, help="where memory.py has left, or will find, models"
+    )
     return parser.parse_args()
 
 

@@ -117,3 +117,19 @@ def test_a_compiled_caller_differentiates_through_the_kernels() -> None:
     compiled = torch.compile(triton, backend="aot_eager", fullgraph=True)
     for expected, got in zip(both_ways(triton, *inputs), both_ways(compiled, *inputs), strict=True):
         assert_matches(expected, got, 1e-6)  # floor 0
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 32), (150, 16)])
+def test_narrow_products_give_the_same_result(tokens: int, dim: int) -> None:
+    """In fp16, whose range these sums do not leave; the interpreter has no products in bf16."""
+    from sana.kernels.linear_attention import linear_attention
+
+    q, k, v, _ = draw(tokens, dim, torch.float16)
+    exact = reference.linear_attention(q.double(), k.double(), v.double(), eps=EPS).half()
+
+    def check(k: Tensor) -> None:
+        with torch.no_grad(), parts_of(64):
+            assert_matches(exact, linear_attention(q, k, v, EPS, True)[0], 1e-3)  # floor 3e-4
+
+    check(k)
+    assert_detects(check, k.roll(1, dims=-1))

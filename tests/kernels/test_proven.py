@@ -37,8 +37,8 @@ def test_unproven_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         used.append("cross_attention")
         return q
 
-    def mix(x: Tensor, _weight: Tensor, _bias: Tensor, fast: bool) -> Tensor:
-        used.append(fast)
+    def mix(x: Tensor, _weight: Tensor, _bias: Tensor, silu: int, rows: int) -> Tensor:
+        used.extend((silu, rows))
         return x
 
     monkeypatch.setattr(cross, "cross_attention", attend)
@@ -50,4 +50,4 @@ def test_unproven_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         with ops.trying(*UNPROVEN):
             ops.cross_attention(q, q, q, None)
             ops.glu_depthwise(x, taps, torch.ones(4))
-    assert used == [False, "cross_attention", True]
+    assert used == [0, 2, "cross_attention", 2, 4]

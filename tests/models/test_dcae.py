@@ -30,6 +30,7 @@ from sana.models.dcae import (
     shuffle,
     transposed,
     unshuffle,
+    windows,
 )
 from sana.presets import AUTOENCODERS, PRESETS
 
@@ -287,9 +288,9 @@ def test_the_kernels_compute_the_same_decoder() -> None:
     """In triton's interpreter, or on a GPU: norms, activations and the middle of the mix-FFN."""
     pytest.importorskip("triton", reason="triton is made for Linux only")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kinds = [{"width": 4}, {"width": 8}, {"width": 8, "block": "efficientvit", "scales": (5,)}]
+    kinds = [{"width": 8}, {"width": 16}, {"width": 16, "block": "efficientvit", "scales": (5,)}]
     stages = tuple(StageConfig(depth=1, **kind) for kind in kinds)  # type: ignore[arg-type]
-    config = DCAEConfig(latent_channels=2, encoder=stages, decoder=stages, head_dim=4)
+    config = DCAEConfig(latent_channels=2, encoder=stages, decoder=stages, head_dim=16)
     network = build(config)
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -356,3 +357,59 @@ def test_the_kernel_of_the_shortcut_is_the_shuffle(dim: int, out: int) -> None:
 
     check(x)
     assert_detects(check, x.roll(1, dims=1))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5)])
+def test_enlarging_and_convolving_is_one_convolution_of_windows(height: int, width: int) -> None:
+    x, weight = draw(2, 4, height, width), draw(3, 4, 3, 3, seed=1)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+
+    def check(kernel: Tensor) -> None:
+        places = F.conv2d(x, kernel, padding=1).unflatten(1, (2, 2, -1))  # (B, a, b, out, ., .)
+        got = torch.empty_like(expected)
+        for a in (0, 1):
+            for b in (0, 1):
+                got[..., a::2, b::2] = places[:, a, b, :, a : a + height, b : b + width]
+        assert_matches(expected, got, 2e-15)  # floor 2e-16
+
+    check(windows(weight))
+    assert_detects(check, windows(weight).flip(2))
+
+
+@pytest.mark.parametrize(("dim", "out"), [(8, 8), (8, 4), (8, 2)])
+def test_windows_are_spread_with_bias_and_shortcut(dim: int, out: int) -> None:
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    x, weight, bias = draw(2, dim, 2, 3), draw(out, dim, 3, 3, seed=1), draw(out)
+    large = F.interpolate(x, scale_factor=2, mode="nearest")
+    expected = F.conv2d(large, weight, bias, padding=1) + shuffle(repeat_channels(x, 4 * out))
+    z = F.conv2d(x, windows(weight), padding=1).permute(0, 2, 3, 1).float().contiguous()
+
+    def check(x: Tensor) -> None:
+        with ops.force("triton"), torch.inference_mode():
+            got = ops.spread(z, x.permute(0, 2, 3, 1).float().contiguous(), bias.float())
+        assert got is not None
+        assert_matches(expected.float(), got.permute(0, 3, 1, 2), 1e-6)
+
+    check(x)
+    assert_detects(check, x.roll(1, dims=1))
+
+
+@pytest.mark.parametrize(("size", "width"), [(5, 3), (3, 35)])
+def test_a_scale_is_filtered_and_mixed_in_one_pass(size: int, width: int) -> None:
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    x = draw(2, 32, 2, width)
+    taps, product = draw(32, 1, size, size, seed=1), draw(32, 16, 1, 1, seed=2)
+    filtered = F.conv2d(x, taps, padding=size // 2, groups=32)
+    expected = F.conv2d(filtered, product, groups=2).float()
+
+    def check(product: Tensor) -> None:
+        wide = torch.zeros(2, 2, width, 70)
+        wide[..., :32] = x.permute(0, 2, 3, 1)
+        with ops.force("triton"), torch.inference_mode():
+            assert ops.aggregate_(wide, taps.float(), product.float(), 35)
+        assert_matches(expected, wide[..., 35:67].permute(0, 3, 1, 2), 2e-6)
+        assert torch.equal(wide[..., :32], x.permute(0, 2, 3, 1).float())
+        assert not wide[..., 32:35].any() and not wide[..., 67:].any()
+
+    check(product)
+    assert_detects(check, product.flip(0))

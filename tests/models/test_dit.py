@@ -344,3 +344,25 @@ def test_the_kernels_compute_the_same_network() -> None:
         check(network)
         network.blocks[1].feed_forward.depthwise.bias.data.mul_(1.01)
         assert_detects(check, network)
+
+
+def test_a_text_of_one_token_is_the_same_everywhere() -> None:
+    """Guidance's empty text, in the first of three samples; in fp64, the other way of summing."""
+    network, inputs = build(NORMED), Inputs(NORMED, batch=3)
+    inputs.mask[:] = True
+    inputs.mask[0] = torch.arange(inputs.mask.shape[1]) == 1
+    with torch.inference_mode():
+        expected = inputs.run(network)
+        embedded = network.embed_text(inputs.text, inputs.mask)
+        with ops.trying("lone_text"):
+            prepared = network.prepare(embedded, inputs.mask)
+
+    def check(lone: tuple[Tensor, ...]) -> None:
+        changed = prepared._replace(lone=lone)
+        with torch.inference_mode():
+            got = network.denoise(inputs.latent, inputs.time, changed, None)
+        assert_matches(expected, got, 1e-13)
+
+    assert prepared.lone[0].shape == (1, 1, NORMED.width) and len(prepared.keys_values[0][0]) == 2
+    check(prepared.lone)
+    assert_detects(check, prepared.lone[::-1])

@@ -18,6 +18,9 @@ from torch import Tensor
 from sana.kernels.launching import op
 
 BLOCK_N = 64
+NUM_WARPS = 2
+APPLY_BLOCK = 64
+APPLY_WARPS = 2
 TOKENS_OF_A_PART = 256
 """At least; few enough that all parts together fill a GPU."""
 MOST_PARTS = 8
@@ -30,6 +33,7 @@ def _sum_keys(
     k_ptr, v_ptr, state_ptr, norm_ptr, H, N, P,
     kB, kH, kN, vB, vH, vN,
     D: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr, EXACT: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """State (G, P, D, D) and norm (G, P, D) of each part of PART tokens."""
     group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -42,11 +46,17 @@ def _sum_keys(
     for start in range(0, PART, BLOCK_N):
         n = (part * PART + start + tl.arange(0, BLOCK_N)).to(tl.int64)
         inside = (n < N)[:, None]
-        k = tl.load(k_ptr + n[:, None] * kN + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + n[:, None] * vN + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        k = tl.where(k > 0, k, 0.0)
-        state += tl.dot(tl.trans(k), v, input_precision=EXACT)
-        norm += tl.sum(k, 0)
+        k = tl.load(k_ptr + n[:, None] * kN + d[None, :], mask=inside, other=0.0)
+        v = tl.load(v_ptr + n[:, None] * vN + d[None, :], mask=inside, other=0.0)
+        if NARROW:  # products of 16-bit numbers are exact in fp32
+            wide = tl.maximum(k.to(tl.float32), 0.0)
+            state += tl.dot(tl.trans(wide.to(k.dtype)), v)
+            norm += tl.sum(wide, 0)
+        else:
+            k = k.to(tl.float32)
+            k = tl.where(k > 0, k, 0.0)
+            state += tl.dot(tl.trans(k), v.to(tl.float32), input_precision=EXACT)
+            norm += tl.sum(k, 0)
     place = group * P + part
     tl.store(state_ptr + place * D * D + d[:, None] * D + d[None, :], state)
     tl.store(norm_ptr + place * D + d, norm)
@@ -56,7 +66,7 @@ def _sum_keys(
 def _apply_queries(
     q_ptr, state_ptr, norm_ptr, out_ptr, H, N, P, eps,
     qB, qH, qN, oB, oH, oN,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """out = relu(q) S / (relu(q) z + eps) for one block of tokens."""
     group, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -66,10 +76,17 @@ def _apply_queries(
     n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     inside = (n < N)[:, None]
     at = batch * qB + head * qH + n[:, None] * qN + d[None, :]
-    q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    narrow = tl.load(q_ptr + at, mask=inside, other=0.0)
+    q = narrow.to(tl.float32)
     q = tl.where(q > 0, q, 0.0)
     total = tl.sum(q * norm[None, :], 1) + eps
-    out = tl.dot(q, state, input_precision=WIDE) / total[:, None]
+    if NARROW:  # the state in two parts, of eight bits each in bf16
+        narrow = q.to(narrow.dtype)
+        high = state.to(narrow.dtype)
+        low = (state - high.to(tl.float32)).to(narrow.dtype)
+        out = (tl.dot(narrow, high) + tl.dot(narrow, low)) / total[:, None]
+    else:
+        out = tl.dot(q, state, input_precision=WIDE) / total[:, None]
     at = batch * oB + head * oH + n[:, None] * oN + d[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -160,11 +177,16 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 @op("linear_attention")
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, narrow: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, N, D) -> out (B, H, N, D) in v's dtype, state (G, P, D, D), norm (G, P, D).
 
-    `out` is a view of (B, N, H, D) memory, so that joining the heads costs nothing.
+    `out` is a view of (B, N, H, D) memory, so that joining the heads costs nothing. `narrow` takes
+    the products of 16-bit inputs in 16 bits: in bf16 the state has 16 digits then, in fp16 its
+    range is fp16's too.
     """
+    narrow = narrow and q.dtype.itemsize == 2
     q, k, v = (_last_is_dense(x) for x in (q, k, v))
     B, H, N, D = q.shape
     parts, part = _parts(N)
@@ -172,18 +194,20 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tenso
     norm = q.new_empty((B * H, parts, D), dtype=torch.float32)
     _sum_keys[(B * H, parts)](
         k, v, state, norm, H, N, parts, *k.stride()[:3], *v.stride()[:3],
-        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=_exact(q), num_warps=2,
+        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=_exact(q), NARROW=narrow, num_warps=NUM_WARPS,
     )  # fmt: skip
     out = _token_major(v)
-    _apply_queries[(B * H, triton.cdiv(N, BLOCK_N))](
+    _apply_queries[(B * H, triton.cdiv(N, APPLY_BLOCK))](
         q, state, norm, out, H, N, parts, eps, *q.stride()[:3], *out.stride()[:3],
-        D=D, BLOCK_N=BLOCK_N, WIDE=_wide(q), num_warps=2,
+        D=D, BLOCK_N=APPLY_BLOCK, WIDE=_wide(q), NARROW=narrow, num_warps=APPLY_WARPS,
     )  # fmt: skip
     return out, state, norm
 
 
 @linear_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, narrow: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, D = q.shape
     parts, _ = _parts(N)
     state = q.new_empty((B * H, parts, D, D), dtype=torch.float32)
@@ -221,14 +245,14 @@ def _(
 
 
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, ctx.eps = inputs
+    q, k, v, ctx.eps, _ = inputs
     _, state, norm = output
     ctx.mark_non_differentiable(state, norm)
     ctx.save_for_backward(q, k, v, state, norm)
 
 
 def _differentiate(ctx, g, _state, _norm):
-    return *linear_attention_backward(g, *ctx.saved_tensors, ctx.eps), None
+    return *linear_attention_backward(g, *ctx.saved_tensors, ctx.eps), None, None
 
 
 linear_attention.register_autograd(_differentiate, setup_context=_keep)

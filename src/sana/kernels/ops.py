@@ -62,8 +62,8 @@ def trying(*ways: Way) -> Iterator[None]:
 
 
 def allows(way: Way) -> bool:
-    """Whether this may be used: proven on a card, or being tried."""
-    return _allowed[way]
+    """Whether this may be used: proven on a card, or being tried; never with plain ops forced."""
+    return _allowed[way] and _chosen["backend"] != "reference"
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -80,7 +80,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
         from sana.kernels import linear_attention as fast
 
         if fast.supports(q, k, v):
-            out: Tensor = fast.linear_attention(q, k, v, eps)[0]
+            # fp16 has no range for the summed state.
+            narrow = allows("split_attention") and q.dtype == torch.bfloat16
+            out: Tensor = fast.linear_attention(q, k, v, eps, narrow)[0]
             return out
     return reference.linear_attention(q, k, v, eps=eps)
 
@@ -190,13 +192,45 @@ def add_repeated_(own: Tensor, x: Tensor, bias: Tensor) -> bool:
     return True
 
 
+def spread(z: Tensor, x: Tensor, bias: Tensor) -> Tensor | None:
+    """The maps of `resampling.windows` put in place, plus bias and shortcut: see `add_repeated_`.
+
+    z (B, H/2 + 1, W/2 + 1, 4 C), x (B, H/2, W/2, I) -> (B, H, W, C), or None without a kernel.
+    """
+    dense = z.is_contiguous() and x.is_contiguous() and z.shape[3] % x.shape[3] == 0
+    if not dense or not _fuses(z, x, bias):
+        return None
+    from sana.kernels import resample
+
+    out: Tensor = resample.spread(z, x, bias)
+    return out
+
+
+def aggregate_(wide: Tensor, taps: Tensor, product: Tensor, place: int) -> bool:
+    """A scale of the DC-AE's attention, from wide's first C channels into C from `place` on.
+
+    wide (B, H, W, .) contiguous, taps (C, 1, S, S) of a depthwise convolution, product (C, D, 1, 1)
+    of one by groups after it. False as in `rms_norm_`.
+    """
+    if not _fuses(wide, taps, product) or not wide.is_contiguous():
+        return False
+    from sana.kernels import aggregate
+
+    if not aggregate.supports(wide, taps, product):
+        return False
+    aggregate.aggregate_(wide, taps, product, place)
+    return True
+
+
 def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.glu_depthwise`; weight (2F, 1, 3, 3). Gives x away."""
     if is_inference(x, weight, bias) and uses_triton(x):
         from sana.kernels import glumbconv
 
         if glumbconv.supports(x, weight, bias):
-            out: Tensor = glumbconv.glu_depthwise(x, weight, bias, allows("fast_silu"))
+            silu = 2 if allows("tanh_silu") else int(allows("fast_silu"))
+            rows = 4 if allows("four_rows") else 2
+            out: Tensor = glumbconv.glu_depthwise(x, weight, bias, silu, rows)
             return out
     # One name, so that no map of 2F channels outlives its use.
     x = reference.silu_depthwise(x, weight, bias)

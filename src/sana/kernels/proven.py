@@ -23,6 +23,12 @@ Way: TypeAlias = Literal[
     "doubling",
     "decode_graph",
     "text_graph",
+    "lone_text",
+    "tanh_silu",
+    "four_rows",
+    "windows",
+    "aggregate",
+    "split_attention",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -44,6 +50,18 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "decode_graph": None,
         # Gemma-2 behind the instruction as a CUDA graph.
         "text_graph": None,
+        # A text of one token, such as guidance's empty one: its attention is the same everywhere.
+        "lone_text": None,
+        # SiLU of the mix-FFN's middle by the tangent's approximation, one special function not two.
+        "tanh_silu": None,
+        # The mix-FFN's middle in four rows a program: 1.5 instead of 2 SiLUs for each value.
+        "four_rows": None,
+        # DC-AE: nearest and 3x3 as a 2x2 convolution to four times the channels, then `spread`.
+        "windows": None,
+        # DC-AE: a scale's 5x5 and its groups' product in one pass, beside query, key and value.
+        "aggregate": None,
+        # Linear attention's products in bf16, with the summed state in two parts.
+        "split_attention": None,
     }
 )
 """Each way with the report that proves it, or None."""

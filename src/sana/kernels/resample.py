@@ -5,6 +5,9 @@ every output cell, so they are a transposed convolution of 4x4 taps and stride 2
 products, and no enlarged map in memory. Its bias and the shortcut, whose channels are repeated and
 shuffled to places, are then added in one pass in place.
 
+Or they are a convolution of 2x2 taps to four times the channels, one for each place of an output
+cell in its 2x2, over a border of one: `spread` puts what it gives in place, with bias and shortcut.
+
 Shape letters: B batch, C channels of the result, K of the input, H W the result's grid, M cells.
 """
 
@@ -51,3 +54,45 @@ def add_repeated_(own: Tensor, x: Tensor, bias: Tensor) -> None:
         own, x, bias, M, C, x.shape[3], W, REPEATS=4 * C // x.shape[3],
         ROWS=rows, BLOCK=block, num_warps=8,
     )  # fmt: skip
+
+
+@triton.jit
+def _spread(
+    z_ptr, x_ptr, bias_ptr, out_ptr, M, C, K, H, W, REPEATS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS cells of the result; (2i + a, 2j + b) reads z's cell (i + a, j + b) at place 2a + b."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    inside = (m < M)[:, None] & (c < C)[None, :]
+    column, row, batch = m % W, m // W % H, m // W // H
+    place = row % 2 * 2 + column % 2
+    window = (batch * (H // 2 + 1) + (row + 1) // 2) * (W // 2 + 1) + (column + 1) // 2
+    source = (batch * (H // 2) + row // 2) * (W // 2) + column // 2
+    channel = (4 * c[None, :] + place[:, None]) // REPEATS
+    z_at = window[:, None] * 4 * C + place[:, None] * C + c[None, :]
+    value = tl.load(z_ptr + z_at, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    value += tl.load(x_ptr + source[:, None] * K + channel, mask=inside, other=0.0).to(tl.float32)
+    at = m[:, None] * C + c[None, :]
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@op("spread")
+def spread(z: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """z (B, H/2 + 1, W/2 + 1, 4 C), x (B, H/2, W/2, K), bias (C,), contiguous -> (B, H, W, C)."""
+    B, H, W, K = x.shape[0], 2 * x.shape[1], 2 * x.shape[2], x.shape[3]
+    C = z.shape[3] // 4
+    out = z.new_empty((B, H, W, C))
+    block = triton.next_power_of_2(C)
+    rows = max(1, TILE // block)
+    _spread[(triton.cdiv(B * H * W, rows),)](
+        z, x, bias, out, B * H * W, C, K, H, W, REPEATS=4 * C // K,
+        ROWS=rows, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@spread.register_fake
+def _(z: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    return z.new_empty((x.shape[0], 2 * x.shape[1], 2 * x.shape[2], z.shape[3] // 4))

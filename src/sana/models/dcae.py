@@ -35,6 +35,7 @@ from sana.models.resampling import (
     shuffle,
     transposed,
     unshuffle,
+    windows,
 )
 
 ATTENTION_EPS = 1e-15
@@ -209,11 +210,7 @@ class MultiScaleAttention(nn.Module):
     def mix(self, x: Tensor) -> Tensor:
         """`forward` without the norm."""
         height, width = x.shape[-2:]
-        qkv = self.qkv(x.permute(0, 2, 3, 1))  # (B, H, W, 3 C)
-        if self.scales:
-            maps = qkv.permute(0, 3, 1, 2)
-            filtered = [scale(maps).permute(0, 2, 3, 1) for scale in self.scales]
-            qkv = torch.cat([qkv, *filtered], dim=-1)
+        qkv = self._all_scales(x.permute(0, 2, 3, 1))
         heads = split_heads(qkv.flatten(1, 2), 3 * self.head_dim)
         q, k, v = heads.chunk(3, dim=-1)  # each (B, heads, N, head_dim)
         is_short = height * width <= self.head_dim
@@ -221,6 +218,36 @@ class MultiScaleAttention(nn.Module):
         mixed = attend(q, k, v, eps=ATTENTION_EPS).transpose(1, 2).flatten(2)
         out = torch.unflatten(self.output(mixed), 1, (height, width))
         return out.permute(0, 3, 1, 2)
+
+    def _all_scales(self, rows: Tensor) -> Tensor:
+        """Queries, keys and values (B, H, W, 3 C S) of rows (B, H, W, C), S - 1 times filtered."""
+        if ops.allows("aggregate") and self.scales:
+            joined = self._all_at_once(rows)
+            if joined is not None:
+                return joined
+        qkv: Tensor = self.qkv(rows)
+        if not self.scales:
+            return qkv
+        maps = qkv.permute(0, 3, 1, 2)
+        filtered = [scale(maps).permute(0, 2, 3, 1) for scale in self.scales]
+        return torch.cat([qkv, *filtered], dim=-1)
+
+    def _all_at_once(self, rows: Tensor) -> Tensor | None:
+        """The same, each written where it stays; None where kernels do not take that."""
+        weight, rows = self.qkv.weight, rows.contiguous()
+        if not (ops.is_inference(rows, weight) and ops.uses_triton(rows)):
+            return None
+        if rows.dtype != weight.dtype:
+            return None
+        width = len(weight)
+        wide = rows.new_empty((*rows.shape[:3], width * (1 + len(self.scales))))
+        torch.mm(rows.flatten(0, 2), weight.mT, out=wide.flatten(0, 2)[:, :width])
+        for place, scale in enumerate(self.scales, start=1):
+            assert isinstance(scale, Aggregate)
+            taps, product = scale.depthwise.weight, scale.pointwise.weight
+            if not ops.aggregate_(wide, taps, product, place * width):
+                return None
+        return wide
 
 
 class Aggregate(nn.Module):
@@ -276,6 +303,8 @@ class Up(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.shuffles:
             main = shuffle(self.conv(x))
+        elif (result := self._enlarge_by_windows(x)) is not None:
+            return result
         elif self._is_one_convolution(x):
             return self._enlarge_at_once(x)
         elif torch.is_grad_enabled() or 4 * x.numel() <= STRIP_VALUES:
@@ -283,6 +312,18 @@ class Up(nn.Module):
         else:
             main = self._enlarge_in_strips(x)
         return self._add_shortcut(main, x) if self.has_shortcut else main
+
+    def _enlarge_by_windows(self, x: Tensor) -> Tensor | None:
+        """Nearest and convolution as one of 2x2 taps; None where kernels do not take that."""
+        bias, is_free = self.conv.bias, ops.is_inference(x, self.conv.weight)
+        results = 4 * (x.shape[-2] + 1) * (x.shape[-1] + 1) * len(x) * self.out
+        if not (ops.allows("windows") and is_free and ops.uses_triton(x) and results < 2**31):
+            return None
+        if bias is None or not self.has_shortcut:
+            return None
+        places = F.conv2d(x, windows(self.conv.weight), padding=1).permute(0, 2, 3, 1)
+        result = ops.spread(places, x.permute(0, 2, 3, 1), bias)
+        return None if result is None else result.permute(0, 3, 1, 2)
 
     def _is_one_convolution(self, x: Tensor) -> bool:
         """On a GPU without gradients, and where cuDNN can count the result's values."""

@@ -56,6 +56,9 @@ class Prepared(NamedTuple):
     """For each block, keys and values (B, H, T, D / H)."""
     bias: Tensor | None
     """From `mask_bias`."""
+    lone: tuple[Tensor, ...] = ()
+    """For each block what the first samples (L, 1, D) get, whose text is one token; then keys,
+    values and bias are those of the others alone."""
 
 
 class Open(NamedTuple):
@@ -95,17 +98,27 @@ class Stem(nn.Module):
 
     def prepare(self, embedded: Tensor, mask: Tensor | None) -> Prepared:
         """What the blocks make of `embed_text`'s result: for `denoise` in its place, every step."""
-        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        readers = [block.cross_attention for block in self.blocks if isinstance(block, Block)]
+        lone: tuple[Tensor, ...] = ()
+        if mask is not None and ops.allows("lone_text") and (count := lone_count(mask)):
+            places = mask[:count].int().argmax(dim=1, keepdim=True)[..., None]
+            tokens = embedded[:count].take_along_dim(places, dim=1)
+            lone = tuple(reader.prepare_lone(tokens) for reader in readers)
+            embedded, mask = embedded[count:], mask[count:]
         return Prepared(
-            keys_values=tuple(block.cross_attention.prepare(embedded) for block in blocks),
+            keys_values=tuple(reader.prepare(embedded) for reader in readers),
             bias=mask_bias(mask, embedded.dtype),
+            lone=lone,
         )
 
     def block_texts(
         self, text: Tensor | Prepared, mask: Tensor | None
-    ) -> tuple[Sequence[Tensor | tuple[Tensor, Tensor]], Tensor | None]:
+    ) -> tuple[Sequence[Tensor | tuple[Tensor, ...]], Tensor | None]:
         """What each block reads, and the bias on its scores, prepared or not."""
         if isinstance(text, Prepared):
+            if text.lone:
+                pairs = zip(text.keys_values, text.lone, strict=True)
+                return [(*own, lone) for own, lone in pairs], text.bias
             return text.keys_values, text.bias
         return [text] * len(self.blocks), mask_bias(mask, text.dtype)
 
@@ -268,7 +281,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor | Open,
-        text: Tensor | tuple[Tensor, Tensor],
+        text: Tensor | tuple[Tensor, ...],
         modulation: Tensor,
         bias: Tensor | None,
         grid: torch.Size,
@@ -297,6 +310,15 @@ class Block(nn.Module):
     def _attend(self, mixed: Tensor, gate: Row, perturbed: int) -> Branch:
         attended = self.attention(mixed, perturbed, clips=False)
         return Branch(attended, gate, self.attention.limit(attended.dtype))
+
+
+def lone_count(mask: Tensor) -> int:
+    """How many samples at the front have a text of one token, mask (B, T), but for the last one.
+
+    So is the empty text of guidance, which stands first. Waits for the device.
+    """
+    counts = mask.sum(dim=1).tolist()[:-1]
+    return next((i for i, count in enumerate(counts) if count != 1), len(counts))
 
 
 def normed(x: Tensor | Open, shift: Row, scale: Row) -> tuple[Tensor, Tensor]:

@@ -148,15 +148,37 @@ class CrossAttention(nn.Module):
         keys = split_heads(self.key_norm(key), self.head_dim)
         return keys, split_heads(value, self.head_dim)
 
-    def forward(
-        self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], bias: Tensor | None
-    ) -> Tensor:
-        """x (B, N, D), text (B, T, D) or from `prepare`, bias from `mask_bias` -> (B, N, D)."""
-        k, v = self.prepare(text) if isinstance(text, Tensor) else text
-        q = split_heads(self.query_norm(self.query(x)), self.head_dim)
-        mixed = ops.cross_attention(q, k, v, bias)
-        attended: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+    def prepare_lone(self, text: Tensor) -> Tensor:
+        """What every image token gets of a text of one token (B, 1, D), whatever it asks."""
+        attended: Tensor = self.output(self.key_value(text).chunk(2, dim=-1)[1])
         return attended
+
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        """x (B, N, D), text (B, T, D) or from `prepare`, bias from `mask_bias` -> (B, N, D).
+
+        With a third tensor (L, 1, D), from `prepare_lone`, the first L samples get that, and text
+        and bias are those of the others.
+        """
+        k, v, *lone = self.prepare(text) if isinstance(text, Tensor) else text
+        if not lone:
+            attended: Tensor = self.output(self._mix(x, k, v, bias))
+            return attended
+        return self._beside(lone[0], self._mix(x[len(lone[0]) :], k, v, bias))
+
+    def _mix(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        q = split_heads(self.query_norm(self.query(x)), self.head_dim)
+        return ops.cross_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+
+    def _beside(self, lone: Tensor, mixed: Tensor) -> Tensor:
+        """`lone` for its samples, and behind them the output of mixed (B - L, N, D)."""
+        count, (_, length, width) = len(lone), mixed.shape
+        weight, bias = self.output.weight, self.output.bias
+        if type(self.output) is not nn.Linear or not ops.is_inference(mixed, weight):
+            return torch.cat([lone.expand(-1, length, -1), self.output(mixed)])
+        out = mixed.new_empty((count + len(mixed), length, width))
+        out[:count] = lone
+        torch.addmm(bias, mixed.flatten(0, 1), weight.mT, out=out[count:].flatten(0, 1))
+        return out
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

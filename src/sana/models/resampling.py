@@ -5,6 +5,8 @@ Maps are (B, C, H, W) in channels-last memory, which every function here writes.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,29 @@ def transposed(weight: Tensor) -> Tensor:
         first, middle, last = wide.unbind(dim)
         wide = torch.stack([last, middle + last, first + middle, first], dim)
     return channels_last(wide.to(weight.dtype).transpose(0, 1))
+
+
+def windows(weight: Tensor) -> Tensor:
+    """3x3 after nearest enlargement by 2 (out, in, 3, 3) -> 2x2 to (4 out, in, 2, 2), border 1.
+
+    Place 2a + b of an output cell (2i + a, 2j + b) is out channels 2a + b of the result, at window
+    (i + a, j + b).
+    """
+    taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (out, 9, in)
+    summed = _sums_of_taps(weight.device, weight.dtype) @ taps  # (out, 16, in)
+    made = torch.unflatten(summed, 1, (4, 2, 2))  # (out, place, y, x, in)
+    return made.transpose(0, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@cache
+def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(16, 9): which of the nine taps (y, x) are summed for place (a, b) and tap (y, x) of 2x2.
+
+    Made once, since a CUDA graph cannot copy from the host.
+    """
+    side = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (a, y, tap)
+    both = side[:, None, :, None, :, None] * side[None, :, None, :, None, :]
+    return both.flatten(4).flatten(0, 3).to(device, dtype)
 
 
 def product_by_groups(x: Tensor, weight: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 MEMINFO = Path("/proc/meminfo")
 GRAPHED_PIXELS = 2**21
-"""Larger pictures keep the device busy while they are decoded, and a graph of that is large."""
+"""Larger pictures keep the device busy while they are decoded, and a graph of that is large; and
+their pixels in fp32 have no place on a small device."""
 
 
 class Placing:
@@ -151,7 +152,7 @@ class Placing:
         self._offload.rest()
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Pixels [3,H,W] in fp32 on the CPU, of a raw latent [1,C,h,w].
+        """Pixels [3,H,W] in fp32 of a raw latent [1,C,h,w], large ones on the CPU.
 
         Out of memory, it is tried again in smaller tiles, and that is logged as a warning.
         """
@@ -191,7 +192,9 @@ class Placing:
     def _decode_in(self, latent: Tensor, tile: int | None) -> Tensor:
         factor = self._config.autoencoder.factor
         height, width = (side * factor for side in latent.shape[-2:])
-        pixels = torch.empty((3, height, width))
+        # A small picture becomes bytes where it is, so that a quarter of it is copied.
+        place = self.device if height * width <= GRAPHED_PIXELS else torch.device("cpu")
+        pixels = torch.empty((3, height, width), device=place)
         row = 0
         for band in self._bands(latent, tile):
             check_finite(band, "the decoded pixels", self._autoencoder.decoder.stem.weight.dtype)

@@ -90,9 +90,11 @@ def time_request(
     has_second = resolved.guidance != 1 and not pipeline.config.dit.guidance_embedding
 
     def read() -> None:
-        pipeline.components.text.encode([resolved.prompt])
+        graphs = pipeline._placing.text_graphs
+        options: Any = {"replay": graphs} if graphs.is_on else {}
+        pipeline.components.text.encode([resolved.prompt], **options)
         if has_second:
-            pipeline.components.text.encode_negative([resolved.negative_prompt])
+            pipeline.components.text.encode_negative([resolved.negative_prompt], **options)
 
     def draw() -> tuple[float, float]:
         began = time.perf_counter()
