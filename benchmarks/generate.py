@@ -34,13 +34,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.parity import Networks  # noqa: E402
+from benchmarks.parity import Networks, rel_rms  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.rigs import (  # noqa: E402
     NARROW,
     Check,
     Rig,
     Texts,
+    Tile,
     check_decoding,
     decode,
     model_config,
@@ -48,6 +49,7 @@ from benchmarks.rigs import (  # noqa: E402
 from benchmarks.rows import ROWS, Row, chosen  # noqa: E402
 from sana.kernels import ops  # noqa: E402
 from sana.kernels.proven import UNPROVEN, Way  # noqa: E402
+from sana.pipelines.graphs import Graphs, cuda_capture  # noqa: E402
 from sana.pipelines.timing import (  # noqa: E402
     Spread,
     forget_peak,
@@ -57,7 +59,8 @@ from sana.pipelines.timing import (  # noqa: E402
     timed,
 )
 
-TILES = (None, 2048, 1024)
+TILES: tuple[Tile, ...] = ((2368, 4096), (1664, 4096), 1024)
+"""Sides of square tiles, or height and width."""
 MEMORY = 8 * 2**30
 """What decoding 4096 px may take."""
 
@@ -251,12 +254,15 @@ def measure_decoding(row: Row, bench: Bench) -> dict[str, Any]:
     # As `Pipeline` does with the model that it is given.
     ours = networks.ours[NARROW].to(memory_format=torch.channels_last)
     checks, ways = [], {}
-    for tile in TILES if row.is_large else TILES[:1]:
-        tile = tile // 16 if tile and bench.options.tiny else tile
+    for given in TILES if row.is_large else (None,):
+        tile = _shrunk(given) if bench.options.tiny else given
         checks.append(check_decoding(networks, latent, tile, with_peer=not row.is_large))
         require(checks[-1:])
         name = "whole" if tile is None else f"{tile} px tiles"
         ways[name] = _decoding(lambda tile=tile: decode(ours, latent, tile), ours.decoder, bench)
+        print(f"  {name}: {ways[name]}", file=sys.stderr, flush=True)
+    if not row.is_large and ops.allows("decode_graph") and bench.device.type == "cuda":
+        ways["a graph"] = _decoding(graphed(ours, latent), ours.decoder, bench)
     fitting = [way for way in ways.values() if (way["peak_bytes"] or 0) <= MEMORY]
     if not fitting:
         raise Disagreement(f"nothing decodes in {MEMORY / 2**30:g} GiB: {ways}")
@@ -275,6 +281,26 @@ def measure_decoding(row: Row, bench: Bench) -> dict[str, Any]:
         )
         vae.disable_tiling()
     return result
+
+
+def graphed(network: Any, latent: Tensor) -> Callable[[], Tensor]:
+    """Decoding as a CUDA graph, as a pipeline does it; `Disagreement` if its pixels are others."""
+    graphs = Graphs(cuda_capture())
+
+    def replay() -> Tensor:
+        return graphs(lambda raw, _: network.decode(raw), network, latent)
+
+    with torch.inference_mode():
+        expected, *others = (replay() for _ in range(4))
+    if not all(rel_rms(expected, other) < 1e-3 for other in others):
+        raise Disagreement("a graph of the decoder gives other pixels")
+    return replay
+
+
+def _shrunk(tile: Tile) -> Tile:
+    if tile is None or isinstance(tile, int):
+        return tile and tile // 16
+    return tile[0] // 16 // 32 * 32, tile[1] // 16
 
 
 def _random_latent(row: Row, networks: Networks, bench: Bench) -> Tensor:
@@ -328,7 +354,7 @@ def measure_cold(row: Row, bench: Bench) -> dict[str, Any]:
         ensure_models(folder, is_tiny=bench.options.tiny, names=("medium",))
         first, *others = (cold_start(folder, picture=f"{i}.png") for i in range(3))
     spread = Spread(seconds=tuple(cold["end"] for cold in others))
-    to_step = min(cold["first_step"] for cold in others)
+    to_step = min(cold["step_1"] for cold in others)
     return {
         "checks": [],
         "ours": {

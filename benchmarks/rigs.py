@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from sana.request import Request
 from sana.weights.configs import write_scheduler
 from sana.weights.load import Components
 
+Tile: TypeAlias = int | tuple[int, int] | None
 NARROW, WIDE = torch.bfloat16, torch.float32
 PROMPT = (
     "a photo of a red fox with blue eyes in the snow, left of a cat, with two mountain "
@@ -262,7 +263,7 @@ def model_config(name: str, *, is_tiny: bool) -> ModelConfig:
 
 
 def check_decoding(
-    networks: Networks, latent: Tensor, tile: int | None = None, *, with_peer: bool
+    networks: Networks, latent: Tensor, tile: Tile = None, *, with_peer: bool
 ) -> Check:
     """A decoded picture, or one in tiles, whose joins the peer makes otherwise.
 
@@ -281,7 +282,7 @@ def check_decoding(
     return Check(what="pixels", ours=ours, theirs=theirs, bound=RATIO_BOUND, wide=wide)
 
 
-def decode(network: Any, latent: Tensor, tile: int | None = None) -> Tensor:
+def decode(network: Any, latent: Tensor, tile: Tile = None) -> Tensor:
     """The pixels of either implementation's autoencoder; in tiles only ours."""
     if tile is not None:
         return decode_tiled(network, latent, tile=tile)

@@ -43,14 +43,14 @@ def decode_tiled(
     autoencoder: DCAE,
     latent: Tensor,
     *,
-    tile: int = BEST_TILE,
+    tile: int | tuple[int, int] = BEST_TILE,
     overlap: float = LEAST_OVERLAP,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Raw latents (B, C, h, w) -> images (B, 3, H, W) in the weights' dtype, on `device`.
 
-    `tile` is in pixels, `overlap` the least shared part of a tile. One tile gives the very result
-    of `autoencoder.decode`. Raises `ValueError` for tiles that cannot be.
+    `tile` is in pixels, a side or height and width, `overlap` the least shared part of a tile. One
+    tile gives the very result of `autoencoder.decode`. Raises `ValueError` for tiles that cannot be.
     """
     weight = autoencoder.decoder.stem.weight
     factor = autoencoder.config.factor
@@ -71,7 +71,7 @@ def decode_bands(
     autoencoder: DCAE,
     latent: Tensor,
     *,
-    tile: int = BEST_TILE,
+    tile: int | tuple[int, int] = BEST_TILE,
     overlap: float = LEAST_OVERLAP,
 ) -> Iterator[Tensor]:
     """The decoded picture of `latent` (1, C, h, w) in finished bands (1, 3, rows, W), top down.
@@ -80,7 +80,10 @@ def decode_bands(
     """
     weight = autoencoder.decoder.stem.weight
     factor = autoencoder.config.factor
-    rows, columns = (cut(n, tile, overlap, factor) for n in latent.shape[-2:])
+    sides = (tile, tile) if isinstance(tile, int) else tile
+    rows, columns = (
+        cut(n, side, overlap, factor) for n, side in zip(latent.shape[-2:], sides, strict=True)
+    )
     if len(rows.starts) == len(columns.starts) == 1:
         yield autoencoder.decode(latent.to(weight.device))
         return
