@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
@@ -44,6 +45,9 @@ BLOCK_PARTS = (
     "feed_forward.project",
 )
 PROMPTS = ("a red fox", "a smiling person with glasses", "two blue whales", "a green apple")
+
+
+RowKernel: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,9 +184,7 @@ def run_gpu() -> bool:
 class Scaled(nn.Module):
     """A linear layer whose product is in fp8 on the GPU; the weight is scaled once."""
 
-    def __init__(
-        self, linear: nn.Linear, kernel: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, linear: nn.Linear, kernel: RowKernel) -> None:
         super().__init__()
         own, scale = scaled_rows(linear.weight)
         self.own, self.scale, self.bias = own.t(), scale.t().contiguous(), linear.bias
@@ -286,8 +288,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--picture", action="store_true")
     parser.add_argument("--step", action="store_true")
+    parser.add_argument("--try", dest="tried", default="", help="ways beside it, as generate.py's")
     parser.add_argument("--interpret", action="store_true")
     options = parser.parse_args()
+    # Only now, since triton reads what --interpret sets when it is first imported.
+    from sana.kernels import ops
+    from sana.kernels.proven import UNPROVEN
+
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     if options.picture:
@@ -297,7 +304,8 @@ def main() -> int:
         return int(not all(check_kernel("cpu", torch.float32, shape) for shape in shapes))
     right = run_gpu()
     if options.step:
-        right &= run_step()
+        with ops.trying(*(way for way in UNPROVEN if way in options.tried.split(","))):
+            right &= run_step()
     return int(not right)
 
 

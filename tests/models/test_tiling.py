@@ -119,6 +119,19 @@ def test_tiles_of_a_local_network_agree_with_the_whole_away_from_borders(overlap
     assert rel_rms(whole, tiled) < 0.05
 
 
+def test_a_tile_as_wide_as_the_picture_joins_only_downwards() -> None:
+    network = small(has_attention=False)
+    latent = draw(1, 8, 40, 26)
+    whole, tiled = both_ways(network, latent, tile=(160, 208))
+    inside = _inside(cut(40, 160, 0.25, 8))
+
+    def check(image: Tensor) -> None:
+        assert_matches(whole[..., inside, :], image[..., inside, :], 2e-6)
+
+    check(tiled)
+    assert_detects(check, tiled.roll(1, dims=-2))
+
+
 def _inside(axis: Axis, factor: int = 8, reach: int = 6) -> Tensor:
     """Pixels that no tile holds within `reach` cells of a border that is not the picture's."""
     inside = torch.ones(axis.length * factor, dtype=torch.bool)

@@ -50,7 +50,7 @@ def decode_tiled(
     """Raw latents (B, C, h, w) -> images (B, 3, H, W) in the weights' dtype, on `device`.
 
     `tile` is in pixels, a side or height and width, `overlap` the least shared part of a tile. One
-    tile gives the very result of `autoencoder.decode`. Raises `ValueError` for tiles that cannot be.
+    tile gives the very result of `autoencoder.decode`. ValueError for tiles that cannot be.
     """
     weight = autoencoder.decoder.stem.weight
     factor = autoencoder.config.factor
