@@ -34,9 +34,9 @@ def _aggregate(
     c = run * D + d
     h = row % H
     total = tl.zeros((BLOCK_W, D), tl.float32)
-    for y in tl.static_range(S):
+    for y in range(S):
+        there_h = h + y - S // 2
         for x in tl.static_range(S):
-            there_h = h + y - S // 2
             there_w = w + x - S // 2
             seen = (there_w >= 0) & (there_w < tl.where((there_h >= 0) & (there_h < H), W, 0))
             at = (row + y - S // 2) * W + there_w

@@ -62,19 +62,21 @@ def _spread(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS cells of the result; (2i + a, 2j + b) reads z's cell (i + a, j + b) at place 2a + b."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cell = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
-    inside = (m < M)[:, None] & (c < C)[None, :]
-    column, row, batch = m % W, m // W % H, m // W // H
+    inside = (cell < M)[:, None] & (c < C)[None, :]
+    # Fewer than 2^31 cells, but more values; division by 64 bits is slow.
+    column, row, batch = cell % W, cell // W % H, cell // W // H
     place = row % 2 * 2 + column % 2
     window = (batch * (H // 2 + 1) + (row + 1) // 2) * (W // 2 + 1) + (column + 1) // 2
     source = (batch * (H // 2) + row // 2) * (W // 2) + column // 2
     channel = (4 * c[None, :] + place[:, None]) // REPEATS
-    z_at = window[:, None] * 4 * C + place[:, None] * C + c[None, :]
+    z_at = (window.to(tl.int64) * 4 * C + place * C)[:, None] + c[None, :]
     value = tl.load(z_ptr + z_at, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    value += tl.load(x_ptr + source[:, None] * K + channel, mask=inside, other=0.0).to(tl.float32)
-    at = m[:, None] * C + c[None, :]
+    x_at = (source.to(tl.int64) * K)[:, None] + channel
+    value += tl.load(x_ptr + x_at, mask=inside, other=0.0).to(tl.float32)
+    at = (cell.to(tl.int64) * C)[:, None] + c[None, :]
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -85,10 +87,10 @@ def spread(z: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     C = z.shape[3] // 4
     out = z.new_empty((B, H, W, C))
     block = triton.next_power_of_2(C)
-    rows = max(1, TILE // block)
+    rows = max(1, TILE // 2 // block)
     _spread[(triton.cdiv(B * H * W, rows),)](
         z, x, bias, out, B * H * W, C, K, H, W, REPEATS=4 * C // K,
-        ROWS=rows, BLOCK=block, num_warps=8,
+        ROWS=rows, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
