@@ -95,6 +95,19 @@ def test_the_instruction_is_read_once(gemma: Gemma2) -> None:
     assert lengths[3] == 1
 
 
+def test_the_empty_prompt_is_read_once(gemma: Gemma2) -> None:
+    fresh = tiny_gemma(max_tokens=40)
+    lengths: list[int] = []
+    fresh.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    first = fresh.encode_negative(["", "blurry"]).states[0, :1]
+    assert torch.equal(fresh.encode_negative([" "]).states[0], first)
+    assert len(lengths) == 2
+    fresh.load_state_dict({name: value * 1.1 for name, value in fresh.state_dict().items()})
+    assert not torch.equal(fresh.encode_negative([""]).states[0], first)
+    fresh.encode_negative([""], length=5)
+    assert lengths[2:] == [1, 5]
+
+
 def test_the_memory_follows_the_weights(gemma: Gemma2) -> None:
     model = tiny_gemma(max_tokens=40)
     before = model.encode(["a fox"]).states

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -74,6 +75,7 @@ class Gemma2(nn.Module):
         _check_tokenizer(self.tokenizer, config)
         self.model = GemmaDecoder(config)
         self._prefix: _Prefix | None = None
+        self._empty: tuple[tuple[object, ...], Tensor] | None = None
         register: Any = self.register_load_state_dict_post_hook
         register(_forget_prefix)
         self.requires_grad_(False)
@@ -109,16 +111,25 @@ class Gemma2(nn.Module):
         With `length`, states go on over padding up to there; the mask still ends at the prompt.
         """
         rows, masks = [], []
-        for prompt in prompts:
-            ids, _ = self.tokenizer.tokenize([self._clean(prompt)])
+        for prompt in map(self._clean, prompts):
+            ids, _ = self.tokenizer.tokenize([prompt])
             missing = max(0, (length or 0) - ids.shape[1])
             mask = F.pad(torch.ones_like(ids, dtype=torch.bool), (0, missing))
             ids = F.pad(ids, (0, missing), value=PADDING)
-            rows.append(self._read(ids, mask if missing else None, None, replay)[0])
+            read = partial(self._read, ids, mask if missing else None, None, replay)
+            rows.append(read()[0] if prompt else self._nothing(missing, read))
             masks.append(mask[0].to(rows[-1].device))
         return TextStates(
             states=pad_sequence(rows, batch_first=True), mask=pad_sequence(masks, batch_first=True)
         )
+
+    def _nothing(self, missing: int, read: Callable[[], Tensor]) -> Tensor:
+        """States [T, W] of the empty prompt before so much padding; the last are kept."""
+        weight = self.model.embed_tokens.weight
+        key = (missing, weight.device, weight.dtype)
+        if self._empty is None or self._empty[0] != key:
+            self._empty = key, read()[0].clone()
+        return self._empty[1]
 
     def _clean(self, prompt: str) -> str:
         return prompt.lower().strip() if self.lowers else prompt.strip()
@@ -362,6 +373,7 @@ def _check_tokenizer(tokenizer: PromptTokenizer, config: GemmaConfig) -> None:
 def _forget_prefix(module: nn.Module, _keys: object) -> None:
     assert isinstance(module, Gemma2)
     module._prefix = None
+    module._empty = None
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
