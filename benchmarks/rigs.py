@@ -186,8 +186,8 @@ class Rig:
     def check_run(self, request: Request) -> Check:
         """The last latents of two whole runs; the second with other words and another seed.
 
-        Of several pictures, in one run, the first and the last are compared. A run that gives an earlier one's
-        result, or another picture's, is far from its own reference.
+        Of several pictures, in one run, the first and the last are compared. A run that gives an
+        earlier one's result, or another picture's, is far from its own reference.
         """
         exact = Pipeline(self._components(WIDE))
         ours: list[Tensor] = []
