@@ -13,7 +13,9 @@ from sana.cli import bench
 from sana.cli.main import main
 from sana.errors import NumericsError
 from sana.pipelines.pipeline import Pipeline
+from sana.pipelines.precision import multiplies_in_bf16
 
+USUAL = "mixed" if multiplies_in_bf16() else "float32"
 QUICK = ("--seconds", "0.01", "--device", "cpu")
 
 
@@ -26,7 +28,7 @@ def test_stages_add_up_and_the_request_is_said(capsys: pytest.CaptureFixture[str
     found = data(capsys, "tiny", "--steps", "3", "-W", "96", "--batch", "2")
     [row] = found["models"]
     asked = ("model", "width", "height", "steps", "guidance", "batch", "dtype")
-    assert [row[name] for name in asked] == ["tiny", 96, 64, 3, 4.5, 2, "float32"]
+    assert [row[name] for name in asked] == ["tiny", 96, 64, 3, 4.5, 2, USUAL]
     stages = {stage: spread["median_ms"] for stage, spread in row["stages"].items()}
     parts = stages["text"] + stages["steps"] + stages["decode"]
     assert parts == pytest.approx(stages["whole"], rel=0.5)
@@ -43,7 +45,7 @@ def test_people_get_a_block_for_each_model(capsys: pytest.CaptureFixture[str]) -
     assert lines[0].startswith("sana ") and "torch" in lines[0]
     for name, steps in (("tiny", 2), ("tiny-sprint", 2)):
         [place] = [i for i, line in enumerate(lines) if line.startswith(f"{name}, 64 x 64")]
-        assert f"{steps} steps" in lines[place] and "float32 on cpu" in lines[place]
+        assert f"{steps} steps" in lines[place] and f"{USUAL} on cpu" in lines[place]
         stages = [line.split()[0] for line in lines[place + 2 : place + 6]]
         assert stages == ["text", "steps", "decoding", "in"]
         assert "pictures a second" in lines[place + 7]

@@ -125,6 +125,31 @@ def test_again_is_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
     assert pixels("changed.png") != pixels("first.png")
 
 
+@pytest.mark.parametrize(
+    "made, flags, used",
+    [
+        ("float32", [], torch.float32),
+        ("mixed", [], "mixed"),
+        ("float32", ["--dtype", "mixed"], "mixed"),
+        ("unheard of", [], None),
+    ],
+)
+def test_again_computes_in_the_pictures_own_dtype(
+    made: str, flags: list[str], used: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(name: str, **how: Any) -> Pipeline:
+        asked.append(how["dtype"])
+        return Pipeline(tiny_components())
+
+    monkeypatch.setattr(pipelines, "load", load)
+    monkeypatch.setattr(Pipeline, "dtype", property(lambda self: made))
+    draw("a fox", "-o", "first.png")
+    draw("--again", "first.png", *flags, "-o", "second.png")
+    assert asked == [None, used]
+
+
 def test_again_says_when_the_weights_have_changed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.errors import NumericsError, RequestError
-from sana.pipelines.pipeline import Pipeline
+from sana.pipelines.pipeline import Pipeline, load
 from sana.request import Request
 from standins import tiny_components
 
@@ -44,6 +44,20 @@ def test_three_together_are_three_alone(pipeline: Pipeline, sampler: str, guidan
     check(alone)
     assert_detects(check, alone[1:] + alone[:1])
     assert len({picture.tobytes() for picture in pictures}) == 4
+
+
+def test_mixed_pictures_do_not_depend_on_their_batch_or_history() -> None:
+    pipeline = load("tiny", device="cpu", dtype="mixed")
+    assert pipeline.dtype == "mixed"
+    together = FOX.replace(seeds=(7, 3, 9))
+    pictures = pipeline.generate(together)
+
+    def check(others: list[Image.Image]) -> None:
+        assert all(same(a, b) for a, b in zip(pictures, others, strict=True))
+
+    check([pipeline.generate(single)[0] for single in together.singles()])
+    check(load("tiny", device="cpu", dtype="mixed").generate(together))
+    assert_detects(check, load("tiny", device="cpu", dtype=torch.float32).generate(together))
 
 
 def test_steps_latents_do_not_depend_on_the_batch(pipeline: Pipeline) -> None:

@@ -11,10 +11,12 @@ import torch
 from numerics import assert_detects
 from sana.config import ModelConfig
 from sana.errors import NumericsError
+from sana.models.rounding import Mixed
 from sana.pipelines.precision import (
     BF16,
     FP16,
     FP32,
+    MIXED,
     Precision,
     announce,
     check_finite,
@@ -47,9 +49,38 @@ FP16_MODEL = replace(BF16_MODEL, dit=replace(BF16_MODEL.dit, clamps=True), name=
 def test_without_a_wish_the_device_and_the_training_decide(
     config: ModelConfig, device: str, has_bf16: bool, dit: torch.dtype, others: torch.dtype
 ) -> None:
-    assert choose(config, device, has_bf16=has_bf16) == Precision(
-        text=others, dit=dit, autoencoder=others
-    )
+    got = choose(config, device, has_bf16=has_bf16, has_fast_products=False)
+    assert got == Precision(text=others, dit=dit, autoencoder=others)
+    # Such products are a matter of CPUs, and too coarse for what was trained in fp16.
+    mixed = choose(config, device, has_bf16=has_bf16, has_fast_products=True)
+    is_mixed = device == "cpu" and config is not FP16_MODEL
+    assert mixed == replace(got, products=BF16 if is_mixed else None)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "got", "reason"),
+    [
+        (OURS, "cpu", "mixed", None),
+        (BF16_MODEL, "cpu", "mixed", None),
+        (FP16_MODEL, "cpu", "float32", "trained in float16"),
+        (OURS, "cuda", "bfloat16", "that is for CPUs"),
+        (OURS, "mps", "float32", "that is for CPUs"),
+    ],
+)
+def test_mixed_is_for_cpus_and_also_for_those_that_gain_nothing(
+    config: ModelConfig, device: str, got: str, reason: str | None
+) -> None:
+    chosen = choose(config, device, MIXED, has_bf16=device != "mps", has_fast_products=False)
+    assert chosen.name == got
+    assert [reason in note for note in chosen.notes] == ([] if reason is None else [True])
+    if reason is None:
+        assert chosen.of(FP32) == Mixed(FP32, BF16)
+
+
+def test_fp32_stays_fp32_on_a_cpu_with_fast_products() -> None:
+    chosen = choose(OURS, "cpu", FP32, has_fast_products=True)
+    assert chosen.name == "float32"
+    assert chosen.of(chosen.dit) == FP32
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from sana.cli.flags import flag
 from sana.errors import RequestError
 from sana.pipelines.images import read_metadata
 from sana.pipelines.reading import digest_of
 
+Dtype: TypeAlias = Literal["float32", "mixed", "bfloat16", "float16"]
+"""How `--dtype` and the metadata name number formats."""
 NAMED = ("image", "mask", "control", "loras")
 
 
@@ -42,6 +44,12 @@ def earlier_threads(made: dict[str, Any]) -> int | None:
     """As many threads as the picture was made with: sums depend on it."""
     earlier = made.get("threads")
     return earlier if isinstance(earlier, int) and 0 < earlier <= (os.cpu_count() or 1) else None
+
+
+def earlier_dtype(made: dict[str, Any]) -> Dtype | None:
+    """The number format that the picture was made in; None if that is not known."""
+    earlier = made.get("dtype")
+    return next((dtype for dtype in get_args(Dtype) if dtype == earlier), None)
 
 
 def warn_of_changes(made: dict[str, Any], origin: dict[str, Any]) -> None:

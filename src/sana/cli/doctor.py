@@ -29,7 +29,7 @@ EXTRAS = {
     "train": ("resvg-py", "tensorboard", "h5py"),
 }
 """The optional packages of each extra; `sana-torch[dev]` is for work on sana itself."""
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "mixed": "mixed"}
 
 
 def doctor(
@@ -102,8 +102,7 @@ def check_models(device: dict[str, Any], limit: int | None) -> list[dict[str, An
         if preset.source == "random":
             continue
         precision = choose(preset.config, kind, has_bf16=has_bf16)
-        row = {"name": name, "pixels": preset.config.pixels, "dtype": str(precision.dit)}
-        row["dtype"] = SHORT[str(precision.dit).removeprefix("torch.")]
+        row = {"name": name, "pixels": preset.config.pixels, "dtype": SHORT[precision.name]}
         rows.append(row | _fit(preset.config, precision, available, reserve, kind))
     return rows
 

@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from sana.cli.again import earlier_request, earlier_threads, warn_of_changes
+from sana.cli.again import Dtype, earlier_dtype, earlier_request, earlier_threads, warn_of_changes
 from sana.cli.choosing import Choosing, Hunt
 from sana.cli.flags import FILES, MODEL, PICTURE, parameters
 from sana.cli.progress import Previews, Watch, open_progress
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "sana-{slug}-{seed}.png"
 PLACEHOLDERS = ("seed", "slug")
 THREAD_LIMIT = 1024
-Precision = Literal["float32", "bfloat16", "float16"]
 Output = Annotated[
     str | None,
     Parameter(
@@ -63,8 +62,12 @@ class Machine:
         Parameter(help="cpu, cuda, cuda:1 or mps [default: cuda if there, else cpu]", group=MODEL),
     ] = None
     dtype: Annotated[
-        Precision | None,
-        Parameter(help="number format [default: what suits model and device]", group=MODEL),
+        Dtype | None,
+        Parameter(
+            help="number format; mixed is float32 with products in bfloat16 [default: what suits "
+            "model and device]",
+            group=MODEL,
+        ),
     ] = None
     memory: Annotated[
         str | None, Parameter(help="what may be taken of the device, such as 8GiB", group=MODEL)
@@ -192,13 +195,17 @@ def _thread_count(threads: int | None, made: dict[str, Any]) -> int | None:
 
 
 def checked(machine: Machine, made: dict[str, Any]) -> Machine:
-    """With the threads settled, by `made` if not stated; `RequestError` for what cannot be."""
+    """With threads and dtype as in `made` if not stated; `RequestError` for what cannot be."""
     device = machine.device
     if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise RequestError(f"device is {device!r}; it must be cpu, cuda, cuda:1 or mps")
     if machine.memory is not None:
         parse(machine.memory)
-    return replace(machine, threads=_thread_count(machine.threads, made))
+    return replace(
+        machine,
+        threads=_thread_count(machine.threads, made),
+        dtype=machine.dtype or earlier_dtype(made),
+    )
 
 
 def _targets(output: str | None, request: Request, keep: int | None = None) -> list[Path]:
@@ -285,7 +292,7 @@ def load_pipeline(
         check_device(device)
     if place is not None and place.world > 1:
         device = str(place.device)
-    dtype = machine.dtype and getattr(torch, machine.dtype)
+    dtype = machine.dtype if machine.dtype in (None, "mixed") else getattr(torch, machine.dtype)
     return load(
         request.model,
         device=device,

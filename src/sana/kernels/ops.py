@@ -98,10 +98,10 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-def modulate(x: Tensor, shift: Row, scale: Row) -> Tensor:
+def modulate(x: Tensor, shift: Row, scale: Row, dtype: torch.dtype | None = None) -> Tensor:
     """LN(x) (1 + scale) + shift of x (B, N, C); see `reference.modulate`."""
     if not _fuses(x, *shift, *scale):
-        return reference.modulate(x, shift.sum(), scale.sum())
+        return reference.modulate(x, shift.sum(), scale.sum(), dtype=dtype)
     from sana.kernels import norms
 
     normed: Tensor = norms.residual_norm(x, None, [], [*shift], [*scale], NORM_EPS, 0.0)[1]
@@ -120,12 +120,14 @@ def add_branch(x: Tensor, branch: Branch) -> Tensor:
     return total
 
 
-def add_and_modulate(x: Tensor, branch: Branch, shift: Row, scale: Row) -> tuple[Tensor, Tensor]:
+def add_and_modulate(
+    x: Tensor, branch: Branch, shift: Row, scale: Row, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """`add_branch`, and `modulate` of its result, in one pass."""
     gate = branch.gate or ()
     if not _fuses(x, branch.value, *gate, *shift, *scale):
         total = reference.add_branch(x, branch)
-        return total, reference.modulate(total, shift.sum(), scale.sum())
+        return total, reference.modulate(total, shift.sum(), scale.sum(), dtype=dtype)
     from sana.kernels import norms
 
     total, normed = norms.residual_norm(

@@ -59,8 +59,19 @@ def quadratic_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tenso
         return (weights @ v.to(dtype)).to(v.dtype)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Adaptive LayerNorm without learned affine: LN(x) (1 + scale) + shift."""
+def modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Adaptive LayerNorm without learned affine: LN(x) (1 + scale) + shift.
+
+    It is rounded to `dtype` if that is narrower than x's; one row for all samples then goes into
+    torch's norm as its affine part, one pass instead of three.
+    """
+    if dtype is not None and dtype.itemsize < x.dtype.itemsize:
+        if len(shift) == len(scale) == 1:
+            rows = (1 + scale).flatten(), shift.flatten()
+            return F.layer_norm(x, x.shape[-1:], *rows, eps=eps).to(dtype)
+        return modulate(x, shift, scale, eps).to(dtype)
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 

@@ -37,6 +37,7 @@ from sana.models.resampling import (
     unshuffle,
     windows,
 )
+from sana.models.rounding import product_dtype, rounded
 
 ATTENTION_EPS = 1e-15
 NORM_VALUES = 2**22
@@ -151,9 +152,12 @@ class Decoder(nn.Module):
         latent = channels_last(latent)
         x = self.stem(latent)
         x = x + repeat_channels(latent, x.shape[1])
+        wide, narrow = x.dtype, product_dtype(self.stages)
+        x = rounded(x, narrow)
         for stage in reversed(list(self.stages)):
             for layer in stage.children():
                 x = layer(x)
+        x = x.to(wide) if narrow.itemsize < wide.itemsize else x
         images: Tensor = self.head(self.norm.activated(x, self.activation))
         return images
 

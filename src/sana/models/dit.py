@@ -33,6 +33,7 @@ from sana.models.layers import (
     position_table,
 )
 from sana.models.refiner import Refiner
+from sana.models.rounding import product_dtype
 
 TIME_SCALE = 1000.0
 GUIDANCE_SCALE = 0.1
@@ -194,6 +195,11 @@ class LinearDiT(Stem):
         self.initialize()
         nn.init.zeros_(self.output.weight)
 
+    @property
+    def products(self) -> torch.dtype:
+        """What the blocks' products have their weights in."""
+        return product_dtype(self.blocks)
+
     def forward(
         self,
         latent: Tensor,
@@ -243,7 +249,8 @@ class LinearDiT(Stem):
                 assert isinstance(whole, Tensor)
                 whole = residuals(index + 1, whole)
         # The output's modulation takes the embedding itself, before the SiLU.
-        _, x = normed(whole, *(Row(own, embedding) for own in self.table))
+        shift, scale = (Row(own, embedding) for own in self.table)
+        _, x = normed(whole, shift, scale)
         x = self.output(x)
         return self._unpatch(torch.unflatten(x, 1, grid)).to(latent.dtype)
 
@@ -297,12 +304,13 @@ class Block(nn.Module):
         """
         rows = list(map(Row, self.table, modulation.unbind(1)))
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows
-        x, mixed = normed(x, shift, scale)
+        products = self.feed_forward.expand.weight.dtype
+        x, mixed = normed(x, shift, scale, products)
         # Branches have no names here, so that none outlives its sum.
         x = ops.add_branch(x, self._attend(mixed, gate, perturbed))
-        x, mixed = normed(
-            Open(x, Branch(self.cross_attention(x, text, bias))), shift_mlp, scale_mlp
-        )
+        crossed = Open(x, Branch(self.cross_attention(x, text, bias)))
+        x, mixed = normed(crossed, shift_mlp, scale_mlp, products)
+        del crossed
         branch: Tensor = self.feed_forward(torch.unflatten(mixed, 1, grid)).flatten(1, 2)
         result = Open(x, Branch(branch, gate_mlp))
         return result if is_open else ops.add_branch(*result)
@@ -321,8 +329,10 @@ def lone_count(mask: Tensor) -> int:
     return next((i for i, count in enumerate(counts) if count != 1), len(counts))
 
 
-def normed(x: Tensor | Open, shift: Row, scale: Row) -> tuple[Tensor, Tensor]:
-    """The tokens, summed if they were open, and their adaptive LayerNorm."""
+def normed(
+    x: Tensor | Open, shift: Row, scale: Row, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The tokens, summed if they were open, and their norm, for products in `dtype`."""
     if isinstance(x, Open):
-        return ops.add_and_modulate(*x, shift, scale)
-    return x, ops.modulate(x, shift, scale)
+        return ops.add_and_modulate(*x, shift, scale, dtype)
+    return x, ops.modulate(x, shift, scale, dtype)

@@ -4,8 +4,9 @@ Sana (arXiv 2410.10629) section 2.2. Shape letters: B batch, N image tokens, T t
 channels, H heads, h w latent grid, F mix-FFN width.
 
 Precision: norm statistics and linear attention run in fp32 under any autocast; everything else
-follows the weights' dtype or autocast. Image tokens stay in channels-last memory throughout, so a
-1x1 convolution is a linear layer and only the depthwise 3x3 sees a (B, C, h, w) view.
+follows the weights' dtype or autocast, and products their own weights' (`rounding`). Image tokens
+stay in channels-last memory throughout, so a 1x1 convolution is a linear layer and only the
+depthwise 3x3 sees a (B, C, h, w) view.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from sana.config import DiTConfig
 from sana.kernels import ops
 from sana.kernels.ops import linear_attention
+from sana.models.rounding import Product
 
 SINUSOIDS = 256
 MASKED = -10000.0
@@ -77,9 +79,9 @@ class GLUMBConv(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(dim, 2 * hidden)
+        self.expand = Product(dim, 2 * hidden)
         self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.project = nn.Linear(hidden, dim, bias=False)
+        self.project = Product(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
@@ -103,10 +105,10 @@ class LinearSelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.eps = config.attention_eps
         self.clamps = config.clamps
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Product(dim, 3 * dim, bias=False)
         self.query_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
-        self.output = nn.Linear(dim, dim)
+        self.output = Product(dim, dim)
 
     def limit(self, dtype: torch.dtype) -> float | None:
         """What a result in `dtype` is to be clipped to, if at all."""
@@ -136,11 +138,11 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int, *, qk_norm: bool, norm_eps: float) -> None:
         super().__init__()
         self.head_dim = dim // heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
+        self.query = Product(dim, dim)
+        self.key_value = Product(dim, 2 * dim)
         self.query_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(dim, norm_eps) if qk_norm else nn.Identity()
-        self.output = nn.Linear(dim, dim)
+        self.output = Product(dim, dim)
 
     def prepare(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of text (B, T, D), each (B, H, T, D / H); the same at every step."""
@@ -167,13 +169,14 @@ class CrossAttention(nn.Module):
 
     def _mix(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q = split_heads(self.query_norm(self.query(x)), self.head_dim)
+        bias = bias if bias is None else bias.to(q.dtype)
         return ops.cross_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
     def _beside(self, lone: Tensor, mixed: Tensor) -> Tensor:
         """`lone` for its samples, and behind them the output of mixed (B - L, N, D)."""
         count, (_, length, width) = len(lone), mixed.shape
         weight, bias = self.output.weight, self.output.bias
-        if type(self.output) is not nn.Linear or not ops.is_inference(mixed, weight):
+        if type(self.output) is not Product or not ops.is_inference(mixed, weight):
             return torch.cat([lone.expand(-1, length, -1), self.output(mixed)])
         out = mixed.new_empty((count + len(mixed), length, width))
         out[:count] = lone

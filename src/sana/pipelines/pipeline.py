@@ -24,7 +24,15 @@ from sana.pipelines.footprint import Canvas
 from sana.pipelines.images import to_pil
 from sana.pipelines.memory import MemoryPlan, parse
 from sana.pipelines.placing import Placing, first_device
-from sana.pipelines.precision import announce, check_finite, choose, name, watch_finite
+from sana.pipelines.precision import (
+    MIXED,
+    Wanted,
+    announce,
+    check_finite,
+    choose,
+    name,
+    watch_finite,
+)
 from sana.pipelines.reading import read_pictures
 from sana.pipelines.start import Plan
 from sana.samplers import (
@@ -110,8 +118,8 @@ class Pipeline:
 
     @property
     def dtype(self) -> str:
-        """What the transformer computes in, such as float32."""
-        return name(self._dtype)
+        """What the transformer computes in, such as float32, or mixed (fp32 and bf16 products)."""
+        return name(self._dtype) if self.components.dit.products == self._dtype else MIXED
 
     def memory_plan(self, request: Request, images: Pictures | None = None) -> MemoryPlan:
         """What is where when, to draw `request`; prints as a sentence. Raises `RequestError`."""
@@ -212,7 +220,7 @@ class Pipeline:
             if check is not None:
                 check()
             stage = f"the latent at step {step.index + 1} of {step.count}"
-            check = watch_finite(step.latent, stage, self._dtype)
+            check = watch_finite(step.latent, stage, self.components.dit.products)
             if step.index + 1 == step.count:
                 check()
             yield step
@@ -235,7 +243,7 @@ def load(
     name_or_path: str = "sticker-512",
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Wanted | None = None,
     memory: int | str | None = None,
     offline: bool = False,
     batch: int = 1,
@@ -243,8 +251,9 @@ def load(
     """A pipeline with the weights of a preset or a folder; raises as `weights.load.load` does.
 
     By default on CUDA where there is one, else the CPU, and in the dtypes that suit the model and
-    the device; a `dtype` that would break the model is corrected with a warning. `memory`, in bytes
-    or such as "8GiB", is what may be taken of the device. An official model is fetched when it is
+    the device; a `dtype` that would break the model is corrected with a warning. "mixed" is fp32
+    with the large products in bf16, the default on CPUs that are faster so. `memory`, in bytes or
+    such as "8GiB", is what may be taken of the device. An official model is fetched when it is
     first used; `offline` takes it from the cache alone. `batch` is how many pictures of a request
     are denoised at a time.
     """
@@ -259,11 +268,12 @@ def load(
         announce(precision)
         return Where(
             device=first_device(config, precision.widths, place, limit),
-            dit=precision.dit,
-            autoencoder=precision.autoencoder,
+            dit=precision.of(precision.dit),
+            autoencoder=precision.of(precision.autoencoder),
             text=precision.text,
         )
 
     found = find_model(name_or_path, is_offline=offline)
-    components = load_components(found, dtype=dtype or torch.float32, where=where)
+    variant = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    components = load_components(found, dtype=variant, where=where)
     return Pipeline(components, device=place, memory=limit, batch=batch)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sana.kernels import ops
 from sana.models.gemma import Gemma2
+from sana.models.rounding import product_dtype
 from sana.models.tiling import decode_bands, encode_tiled
 from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
@@ -66,6 +67,7 @@ class Placing:
         self.graphs, self.text_graphs, self.decode_graphs = (Graphs(None) for _ in range(3))
         self._config = components.config
         self._autoencoder = components.autoencoder
+        self._products = product_dtype(components.autoencoder.decoder.stages)
         self._limit = limit
         self._canvas: Canvas | None = None
         self._networks = _networks(components)
@@ -197,7 +199,7 @@ class Placing:
         pixels = torch.empty((3, height, width), device=place)
         row = 0
         for band in self._bands(latent, tile):
-            check_finite(band, "the decoded pixels", self._autoencoder.decoder.stem.weight.dtype)
+            check_finite(band, "the decoded pixels", self._products)
             pixels[:, row : row + band.shape[-2]] = band[0].float()
             row += band.shape[-2]
         return pixels

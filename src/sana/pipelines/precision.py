@@ -3,7 +3,9 @@
 Models trained in fp16 learnt with their attention clipped to its range; their config carries that
 clamp (`DiTConfig.clamps`), so they are right in fp16 and in fp32, and drew noise in bf16. Models
 trained in bf16 leave the range of fp16. Gemma-2 and the DC-AE overflow in fp16, so they never run
-in it. A wish that would break a model is corrected, with a note. Start reading at `choose`.
+in it. CPUs that multiply bf16 faster than fp32 do so in the large products alone ("mixed",
+`sana.models.rounding`). A wish that would break a model is corrected, with a note. Start reading
+at `choose`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,17 @@ from torch import Tensor
 
 from sana.config import ModelConfig
 from sana.errors import NumericsError
+from sana.models.rounding import Dtype, Mixed
 from sana.pipelines.footprint import Widths
 
 logger = logging.getLogger(__name__)
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Trained: TypeAlias = Literal["fp32", "fp16", "bf16"]
+MIXED: Literal["mixed"] = "mixed"
+"""fp32 with the large products in bf16, as `--dtype` and a picture's metadata name it."""
+Wanted: TypeAlias = torch.dtype | Literal["mixed"]
+TOO_COARSE = "it was trained in float16, and bfloat16 is too coarse for it"
 AMPERE = (8, 0)
 """The first compute capability with bf16."""
 
@@ -35,7 +42,18 @@ class Precision:
     text: torch.dtype
     dit: torch.dtype
     autoencoder: torch.dtype
+    products: torch.dtype | None = None
+    """Of the transformer's blocks and the decoder's stages, where narrower than the rest."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As the flag takes it."""
+        return name(self.dit) if self.products is None else MIXED
+
+    def of(self, whole: torch.dtype) -> Dtype:
+        """What a network in `whole` with such products is loaded in."""
+        return whole if self.products is None else Mixed(whole, self.products)
 
     @property
     def widths(self) -> Widths:
@@ -48,23 +66,34 @@ class Precision:
 def choose(
     config: ModelConfig,
     device: torch.device | str,
-    wanted: torch.dtype | None = None,
+    wanted: Wanted | None = None,
     *,
     has_bf16: bool | None = None,
+    has_fast_products: bool | None = None,
 ) -> Precision:
     """Dtypes for `config` on `device`; `wanted` is followed where the model can stand it.
 
-    `has_bf16` says whether the device computes in bf16; by default it is asked.
+    `has_bf16` says whether the device computes in bf16, and `has_fast_products` whether a CPU
+    multiplies faster in it; by default they are asked.
     """
     kind = torch.device(device).type
+    trained = trained_in(config)
+    if has_fast_products is None:
+        has_fast_products = kind == "cpu" and multiplies_in_bf16()
+    may_mix = kind == "cpu" and trained != "fp16"
+    if may_mix and (wanted == MIXED or (wanted is None and has_fast_products)):
+        return Precision(text=FP32, dit=FP32, autoencoder=FP32, products=BF16)
     if has_bf16 is None:
         has_bf16 = computes_in_bf16(device)
     wide = BF16 if has_bf16 else FP32
     notes: list[str] = []
     if wanted is None:
-        dit = _default(trained_in(config), kind, wide)
-    else:
+        dit = _default(trained, kind, wide)
+    elif isinstance(wanted, torch.dtype):
         dit = _corrected(config, kind, wanted, wide, notes)
+    else:
+        dit = _default(trained, kind, wide)
+        notes.append(_note(config, MIXED, TOO_COARSE if kind == "cpu" else "that is for CPUs", dit))
     # Half precision for the others only where the transformer has it, and never fp16.
     other = FP32 if dit == FP32 else wide
     if dit == FP16:
@@ -85,6 +114,12 @@ def computes_in_bf16(device: torch.device | str) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= AMPERE
     return device.type == "cpu"
+
+
+def multiplies_in_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16 (AVX512-BF16, AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def announce(precision: Precision) -> None:
@@ -156,7 +191,7 @@ def _corrected(
     trained = trained_in(config)
     if wanted == BF16 and trained == "fp16":
         better = FP16 if kind == "cuda" else FP32
-        reason = "it was trained in float16, and bfloat16 is too coarse for it"
+        reason = TOO_COARSE
     elif wanted == FP16 and trained == "bf16":
         better, reason = wide, "it was trained in bfloat16 and leaves the range of float16"
     elif wanted == FP16 and kind == "cpu":
@@ -165,7 +200,9 @@ def _corrected(
         better, reason = FP32, f"this {kind} device does not compute in bfloat16"
     else:
         return wanted
-    notes.append(
-        f"{config.name} was asked for in {name(wanted)}; {reason}, so it runs in {name(better)}"
-    )
+    notes.append(_note(config, name(wanted), reason, better))
     return better
+
+
+def _note(config: ModelConfig, wanted: str, reason: str, better: torch.dtype) -> str:
+    return f"{config.name} was asked for in {wanted}; {reason}, so it runs in {name(better)}"

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from sana.errors import CheckpointError
+from sana.models.rounding import Dtype, both, narrow_names
 from sana.weights.keys import Layout, NetworkConfig, from_ours, kind_of, rename, surplus
 from sana.weights.tensors import PIECE, Stored, blank, read_into
 
@@ -36,7 +37,7 @@ def fill(
     *,
     names: tuple[Layout, NetworkConfig] | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = torch.float32,
 ) -> Network:
     """A network in eval mode with the tensors of a file, cast to `dtype`, on `device`.
 
@@ -51,6 +52,8 @@ def fill(
     if names is not None:
         theirs = from_ours(expected, *names)
         dropped = surplus(stored, names[0], kind_of(names[1])) - theirs.keys()
+    wide, narrow = both(dtype)
+    narrow_ones = narrow_names(module)
     given = {name: tensor for name, tensor in blank(stored).items() if name not in dropped}
     require_fit(theirs, given, source)
 
@@ -60,7 +63,8 @@ def fill(
         for name in mine:
             like = expected[name]
             parts = rename(name, *names).theirs if names is not None else (name,)
-            kept = dtype if like.is_floating_point() else like.dtype
+            kept = narrow if name in narrow_ones else wide
+            kept = kept if like.is_floating_point() else like.dtype
             tensors[name] = torch.empty(like.shape, dtype=kept, device=device)
             # Parts follow one another along the first dimension, so also in memory.
             flat = tensors[name].reshape(-1)

@@ -15,6 +15,7 @@ from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.models.gemma import Gemma2, gemma_config
+from sana.models.rounding import Dtype
 from sana.models.text import MiniLM
 from sana.weights.assign import assign, fill, meta_parameters
 from sana.weights.files import read_config, read_file
@@ -26,9 +27,7 @@ from sana.weights.tensors import Stored
 TEXT_FILE = "text.safetensors"
 
 
-def build(
-    found: Found, config: NetworkConfig, device: str | torch.device, dtype: torch.dtype
-) -> Any:
+def build(found: Found, config: NetworkConfig, device: str | torch.device, dtype: Dtype) -> Any:
     """The network that `config` describes, filled: LinearDiT, ControlNet or DCAE.
 
     What an original file holds beside it (a ControlNet's base, unused tables) is left out.

@@ -31,6 +31,7 @@ from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.models.gemma import Gemma2
+from sana.models.rounding import Dtype, both, narrow
 from sana.models.text import MiniLM, TextEncoder, small_tokenizer
 from sana.presets import Preset, preset
 from sana.weights.assign import assign, meta_parameters
@@ -68,8 +69,8 @@ class Where:
     """The device that a model's weights are read to, and the dtype of each network."""
 
     device: str | torch.device
-    dit: torch.dtype
-    autoencoder: torch.dtype
+    dit: Dtype
+    autoencoder: Dtype
     text: torch.dtype
 
 
@@ -363,14 +364,24 @@ def _make_tiny(config: ModelConfig, at: Where) -> Components:
         for network in (dit, autoencoder, controlnet):
             if network is not None:
                 _open_zeros(network)
+        for network, dtype in ((dit, at.dit), (autoencoder, at.autoencoder), (controlnet, at.dit)):
+            if network is not None:
+                _place(network, at.device, dtype)
     return Components(
         config=config,
-        dit=dit.to(at.device, at.dit).eval(),
-        autoencoder=autoencoder.to(at.device, at.autoencoder).eval(),
+        dit=dit,
+        autoencoder=autoencoder,
         text=text.to(at.device, at.text),
-        controlnet=controlnet and controlnet.to(at.device, at.dit).eval(),
+        controlnet=controlnet,
         header={"recipe": f"random weights, seed {TINY_SEED}", "config": to_json(config)},
     )
+
+
+def _place(network: nn.Module, device: str | torch.device, dtype: Dtype) -> None:
+    wide, products = both(dtype)
+    network.to(device, wide).eval()
+    if products != wide:
+        narrow(network, products)
 
 
 @torch.no_grad()
