@@ -7,6 +7,8 @@ SANA_DEBUG=1 shows the traceback. An error that is our own mistake is not caught
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -36,6 +38,8 @@ VERBS = {
     "doctor": "Say what is installed, what it can compute on, and which models would fit.",
 }
 
+SELDOM = 100_000
+"""New objects from one search for garbage to the next; Python's own number is 700."""
 OUT_OF_MEMORY = (
     "out of memory; ask for a smaller picture or fewer of them, or state with --memory what may be "
     "taken, for example --memory 6GiB"
@@ -44,6 +48,8 @@ OUT_OF_MEMORY = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `arguments` default to the process's own. Returns the exit code."""
+    if arguments is None:
+        _collect_seldom()
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
@@ -74,6 +80,16 @@ def make_app() -> App:
     for verb, help_text in VERBS.items():
         app.command(f"sana.cli.{verb}:{verb}", name=verb, help=help_text)
     return app
+
+
+def _collect_seldom() -> None:
+    """For a process of our own: no garbage is looked for in what an import keeps, nor at the end.
+
+    torch makes hundreds of thousands of objects that stay; going through them again and again, and
+    once more before the process ends, took half a second.
+    """
+    gc.set_threshold(SELDOM)
+    atexit.register(gc.freeze)
 
 
 def _run(arguments: list[str]) -> int:
