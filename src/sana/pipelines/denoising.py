@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sana.errors import RequestError
 from sana.models.controlnet import Controlled
 from sana.models.lora import adapted
+from sana.pipelines.abreast import abreast
 from sana.pipelines.precision import check_finite
 from sana.samplers import (
     METHODS,
@@ -66,9 +67,12 @@ def make_denoiser(
     told = truncated(times[:-1]) if integer_times else times[:-1]
     scale = request.guidance if config.dit.guidance_embedding else None
     network = _scheduled(_captured(base, components, placing), base.embed_times(told, scale))
-    network = _present(network, placing)
     # A block that streams has its weights on the device only while it runs.
-    prepare = None if placing.plan.dit == "streams" else _present(base.prepare, placing)
+    prepare: Any = None if placing.plan.dit == "streams" else base.prepare
+    if has_second and prepare is not None and (threads := _threads(dit, placing.device)) > 1:
+        network, prepare = abreast(network, prepare, threads)
+    network = _present(network, placing)
+    prepare = prepare and _present(prepare, placing)
     text = _embedded(components, base, encoded, "the prompt")
     if config.dit.guidance_embedding:
         return distilled(network, text, request.guidance, prepare=prepare)
@@ -107,6 +111,16 @@ def control_interval(times: Tensor, start: float, end: float) -> tuple[float, fl
     # Half way to the neighbours: the network may be told a time rounded to a thousandth.
     high = 2.0 if first == 0 else (grid[first - 1] + grid[first]) / 2
     return (grid[last] + grid[last + 1]) / 2, high
+
+
+def _threads(dit: LinearDiT, device: torch.device) -> int:
+    """How many parts of a call may run side by side.
+
+    In fp32 there is one: a product's last bits may depend on its rows, and pictures made in it
+    before are to be made again bit for bit.
+    """
+    is_free = device.type == "cpu" and dit.products != torch.float32
+    return torch.get_num_threads() if is_free else 1
 
 
 def _controlled(
