@@ -13,37 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sana.models.cutting import BEST_TILE, LEAST_OVERLAP, Axis, Tile, cut
 from sana.models.dcae import DCAE
-
-LEAST_OVERLAP = 0.25
-BEST_TILE = 1024
-"""Smaller tiles show in skies and walls; see `docs/memory.md`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """Equal tiles along one side, in latent cells."""
-
-    length: int
-    tile: int
-    starts: tuple[int, ...]
-
-    @property
-    def places(self) -> list[slice]:
-        """The cells of each tile."""
-        return [slice(start, start + self.tile) for start in self.starts]
 
 
 def decode_tiled(
     autoencoder: DCAE,
     latent: Tensor,
     *,
-    tile: int | tuple[int, int] = BEST_TILE,
+    tile: int | Tile = BEST_TILE,
     overlap: float = LEAST_OVERLAP,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -71,7 +53,7 @@ def decode_bands(
     autoencoder: DCAE,
     latent: Tensor,
     *,
-    tile: int | tuple[int, int] = BEST_TILE,
+    tile: int | Tile = BEST_TILE,
     overlap: float = LEAST_OVERLAP,
 ) -> Iterator[Tensor]:
     """The decoded picture of `latent` (1, C, h, w) in finished bands (1, 3, rows, W), top down.
@@ -80,10 +62,7 @@ def decode_bands(
     """
     weight = autoencoder.decoder.stem.weight
     factor = autoencoder.config.factor
-    sides = (tile, tile) if isinstance(tile, int) else tile
-    rows, columns = (
-        cut(n, side, overlap, factor) for n, side in zip(latent.shape[-2:], sides, strict=True)
-    )
+    rows, columns = _axes(latent.shape[-2], latent.shape[-1], tile, overlap, factor)
     if len(rows.starts) == len(columns.starts) == 1:
         yield autoencoder.decode(latent.to(weight.device))
         return
@@ -98,7 +77,7 @@ def encode_tiled(
     autoencoder: DCAE,
     images: Tensor,
     *,
-    tile: int = BEST_TILE,
+    tile: int | Tile = BEST_TILE,
     overlap: float = LEAST_OVERLAP,
 ) -> Tensor:
     """Images (B, 3, H, W) in -1..1, on any device -> raw latents (B, C, h, w) by the encoder.
@@ -108,8 +87,11 @@ def encode_tiled(
     weight = autoencoder.encoder.head.weight
     factor = autoencoder.config.factor
     height, width = images.shape[-2:]
-    rows, columns = (cut(side // factor, tile, overlap, factor) for side in (height, width))
-    if height % factor or width % factor or len(rows.starts) == len(columns.starts) == 1:
+    is_whole = bool(height % factor or width % factor)
+    if not is_whole:
+        rows, columns = _axes(height // factor, width // factor, tile, overlap, factor)
+        is_whole = len(rows.starts) == len(columns.starts) == 1
+    if is_whole:
         return torch.cat([autoencoder.encode(one.to(weight.device)) for one in images.split(1)])
 
     def encode_one(image: Tensor) -> Tensor:
@@ -122,25 +104,12 @@ def encode_tiled(
     return torch.cat([encode_one(image) for image in images.split(1)])
 
 
-def cut(length: int, tile: int, overlap: float, factor: int) -> Axis:
-    """Spread equal tiles of `tile` pixels evenly over `length` cells of `factor` pixels."""
-    if tile % factor or tile < 2 * factor:
-        raise ValueError(
-            f"the tile is {tile} px; tiles are multiples of {factor} px and at least {2 * factor}: "
-            f"use {max(2, tile // factor) * factor}"
-        )
-    if not LEAST_OVERLAP <= overlap < 1:
-        raise ValueError(
-            f"the overlap is {overlap}; tiles share at least {LEAST_OVERLAP} of their side and "
-            f"less than all of it, or their borders show: use {LEAST_OVERLAP}"
-        )
-    cells = tile // factor
-    if length <= cells:
-        return Axis(length=length, tile=length, starts=(0,))
-    stride = max(1, cells - math.ceil(cells * overlap))
-    count = math.ceil((length - cells) / stride) + 1
-    starts = tuple(round(i * (length - cells) / (count - 1)) for i in range(count))
-    return Axis(length=length, tile=cells, starts=starts)
+def _axes(
+    height: int, width: int, tile: int | Tile, overlap: float, factor: int
+) -> tuple[Axis, Axis]:
+    """How `height` x `width` cells are cut."""
+    tall, wide = (tile, tile) if isinstance(tile, int) else tile
+    return cut(height, tall, overlap, factor), cut(width, wide, overlap, factor)
 
 
 def windows(axis: Axis, scale: int) -> Tensor:
