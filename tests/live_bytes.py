@@ -15,6 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv_transpose2d.input,
+)
+"""Of channels-last maps every device's are channels last; those of the meta device are not."""
+
 
 class LiveBytes(TorchDispatchMode):
     """While active: `now` and `peak` bytes of the storages made inside and not yet freed."""
@@ -32,6 +39,8 @@ class LiveBytes(TorchDispatchMode):
             _identity(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
         }
         result = func(*args, **(kwargs or {}))
+        if func in CONVOLUTIONS and _is_channels_last(args[0]):
+            result = result.contiguous(memory_format=torch.channels_last)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and _identity(leaf) not in given:
                 self._add(leaf.untyped_storage())
@@ -58,6 +67,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
         result = run()
         del result
     return live.peak
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _identity(tensor: Tensor) -> int:

@@ -11,10 +11,12 @@ import torch
 from live_bytes import LiveBytes, peak_bytes
 from numerics import assert_detects
 from sana.config import ControlNetConfig, DCAEConfig, GemmaConfig, TextConfig
+from sana.kernels import ops
+from sana.kernels.proven import Way
 from sana.models import dcae
 from sana.models.bert import Bert
 from sana.models.controlnet import ControlNet
-from sana.models.dcae import DCAE
+from sana.models.dcae import DCAE, Up
 from sana.models.dit import LinearDiT
 from sana.models.gemma import GemmaDecoder
 from sana.pipelines import footprint
@@ -120,6 +122,59 @@ def test_the_autoencoder_takes_what_is_estimated(
     assert_estimates(decoding, peak_bytes(lambda: network.decode(latent)))
     encoding = footprint.encode_work(config, width, height, dtype.itemsize)
     assert_estimates(encoding, peak_bytes(lambda: network.encode(image)))
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are launched and do nothing, so that they take meta tensors."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    for launcher in (jit.JITFunction, interpreter.InterpretedFunction):
+        monkeypatch.setattr(launcher, "run", lambda *_, **__: None, raising=False)
+        monkeypatch.setattr(launcher, "__getitem__", lambda *_: lambda *_, **__: None)
+
+
+WAYS: list[tuple[Way, ...]] = [(), ("windows",), ("doubling",), ("windows", "aggregate")]
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("ways", WAYS)
+@pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (4096, 2368)])
+def test_kernels_take_what_is_estimated_for_their_ways(
+    ways: tuple[Way, ...], size: tuple[int, int]
+) -> None:
+    width, height = size
+    config = preset("sana-1600m-1024").config.autoencoder
+    with torch.device("meta"):
+        network = DCAE(config).to(BF16).eval().to(memory_format=torch.channels_last)
+        latent = torch.empty(1, config.latent_channels, height // 32, width // 32)
+    with ops.force("triton"), ops.trying(*ways):
+        measured = peak_bytes(lambda: network.decode(latent))
+    estimate = footprint.decode_work(config, width, height, 2, frozenset(ways))
+    assert_estimates(estimate, measured)
+    assert_detects(lambda wrong: assert_estimates(wrong, measured), estimate * 2 // 3)
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("ways", WAYS[:3])
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+def test_enlarging_holds_the_maps_of_its_way(ways: tuple[Way, ...], index: int, side: int) -> None:
+    """At every stage, though in no official decoder enlarging is the widest moment at the end."""
+    config = preset("sana-1600m-1024").config.autoencoder
+    fine, coarse = config.decoder[index].width, config.decoder[index + 1].width
+    here = side // 2**index
+    with torch.device("meta"):
+        up = Up(coarse, fine, "interpolate").to(BF16).to(memory_format=torch.channels_last)
+        x = torch.empty(1, here // 2, here // 2, coarse, dtype=BF16).permute(0, 3, 1, 2)
+    with ops.force("triton"), ops.trying(*ways):
+        measured = peak_bytes(lambda: up(x)) + x.nbytes
+    estimates = {
+        way: footprint._up_work(config, index, here**2, 2, frozenset(way)) for way in WAYS[:3]
+    }
+    assert_estimates(estimates[ways], measured)
+    if ways == ("windows",) and side == 2048 and index == 0:
+        assert_detects(lambda way: assert_estimates(estimates[way], measured), ("doubling",))
 
 
 def test_the_norms_pieces_are_as_large_as_the_estimate_thinks() -> None:

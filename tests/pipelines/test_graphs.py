@@ -209,7 +209,6 @@ def test_out_of_memory_in_a_decode_graph_is_tried_in_tiles(
 ) -> None:
     seats = Pipeline(tiny_components())._placing
     latent = torch.randn(1, 8, 4, 4)
-    monkeypatch.setattr(placing, "SMALL_TILES", (64,))
     with torch.inference_mode():
         expected = decode_tiled(seats._autoencoder, latent, tile=64)[0]
 
@@ -250,7 +249,7 @@ def test_a_decode_graph_is_held_only_where_it_is_proven_and_fits(
     with ops.trying("decode_graph"):
         assert holds(None) == (True, True)
         assert holds(None, side=4096) == (True, False), "there the device is not waiting"
-        assert holds(None, tile=512) == (True, False)
+        assert holds(None, tile=(512, 512)) == (True, False)
         assert holds(None, dit="visits", autoencoder="visits") == (False, False)
         assert holds(10 * GIB) == (False, False)
         assert holds(11 * GIB) == (True, False)

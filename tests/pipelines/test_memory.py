@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from numerics import assert_detects
 from sana.errors import RequestError
+from sana.kernels.proven import REPORTS
+from sana.models.cutting import Tile, tilings
+from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
 from sana.pipelines.memory import NAMES, WHILE, MemoryPlan, parse, plan, shown
 from sana.presets import PRESETS, preset
@@ -76,18 +80,89 @@ def test_less_memory_is_never_faster_and_names_what_it_does() -> None:
     assert (four.text, four.dit) == ("streams", "visits")
     assert "the text encoder streams through block by block" in str(four)
     one = plan(MEDIUM, SQUARE, GIB)
-    assert (one.text, one.dit, one.tile) == ("streams", "streams", 512)
-    assert "in 512 px tiles" in str(one)
+    assert (one.text, one.dit, one.tile) == ("streams", "streams", (448, 608))
+    assert "in tiles of 608 x 448 px" in str(one)
     assert plan(HUGE, SQUARE, 8 * GIB).dit == "streams"
 
 
-def test_a_large_picture_is_tiled_before_anything_smaller() -> None:
-    seven = plan(FOUR_K, LARGE, 7 * GIB)
-    assert seven.tile == 1024
-    assert seven.text == seven.dit == "visits"
-    assert plan(FOUR_K, LARGE, 80 * GIB).tile is None
-    encoding = plan(FOUR_K, Canvas(width=4096, height=4096, encodes=True), 7 * GIB)
-    assert encoding.tile == 1024
+@pytest.mark.parametrize(
+    ("limit", "tile", "share"),
+    [
+        (4, (1024, 4096), 1.25),
+        (5, (1280, 4096), 1.25),
+        (7, (1664, 4096), 1.219),
+        (8.5, (2368, 4096), 1.156),
+        (12, (1024, 4096), 1.25),
+        (14, (1664, 4096), 1.219),
+        (20, (2368, 4096), 1.156),
+        (24, None, 1.0),
+    ],
+)
+def test_a_large_picture_is_decoded_in_the_tiles_that_compute_least(
+    limit: float, tile: Tile | None, share: float
+) -> None:
+    """Next to who is on the device then; `offloads` changes at 12 GiB, where all has room."""
+    chosen = plan(FOUR_K, LARGE, int(limit * GIB))
+    assert chosen.tile == tile
+    assert chosen.offloads == (limit < 12)
+    by_tile = {way.tile: way for way in tilings(4096, 4096, 32)}
+
+    def check(chosen: MemoryPlan) -> None:
+        way = by_tile[chosen.tile or (4096, 4096)]
+        assert way.computed / 4096**2 == pytest.approx(share, abs=1e-3)
+        for cheaper in by_tile.values():
+            if cheaper.computed < way.computed:
+                assert decoding(chosen, cheaper.tile) > limit * GIB
+
+    check(chosen)
+    assert_detects(check, replace(chosen, tile=(1024, 1024)))
+
+
+def decoding(chosen: MemoryPlan, tile: Tile) -> float:
+    """Bytes of decoding at 4096 px in `tile`, as docs/memory.md counts them."""
+    weights = footprint.weights(FOUR_K, Widths())
+    held = sum(getattr(weights, part) for part in chosen.present("decode"))
+    bands = 24 * tile[0] * 4096 if tile != (4096, 4096) else 0
+    work = footprint.decode_work(FOUR_K.autoencoder, tile[1], tile[0], 2) + bands
+    return 1.03 * (held + work) + 64 * 2**20
+
+
+def test_squares_are_left_where_no_strip_fits_and_small_tiles_where_nothing_else_does() -> None:
+    assert plan(FOUR_K, LARGE, 3 * GIB).tile == (1024, 2368)
+    two_k = preset("sana-1600m-2048").config
+    canvas = Canvas(width=2048, height=2048)
+    tiles = {limit: plan(two_k, canvas, parse(limit)).tile for limit in ("3GiB", "2GiB", "1.3GiB")}
+    assert tiles == {"3GiB": (1184, 2048), "2GiB": (1184, 1184), "1.3GiB": (832, 832)}
+    small = plan(MEDIUM, SQUARE, parse("1.3GiB"))
+    assert small.tile == (608, 1024)
+    assert "in tiles of 1024 x 608 px" in str(small)
+    whole = plan(MEDIUM, SQUARE, None).peak
+    assert plan(MEDIUM, SQUARE, whole).tile is None, "one piece has no bands of tiles"
+
+
+@pytest.mark.parametrize("limit", [4, 6, 7, 8.5, 12, 24])
+def test_what_goes_in_is_encoded_in_tiles_of_its_own(limit: float) -> None:
+    canvas = Canvas(width=4096, height=4096, encodes=True)
+    chosen = plan(FOUR_K, canvas, int(limit * GIB))
+    assert chosen.peak <= limit * GIB
+    tall, wide = chosen.encode_tile or (4096, 4096)
+    assert wide == 4096, "strips are cheaper than squares"
+    work = footprint.encode_work(FOUR_K.autoencoder, wide, tall, 2)
+    assert work < chosen.peak
+    assert plan(FOUR_K, LARGE, int(limit * GIB)).encode_tile is not None or limit > 20
+
+
+def test_the_bars_hold_with_every_way_that_a_card_may_prove() -> None:
+    """9.5 GiB for 1.6B at 1024 px with a step's graph; 7 GiB at 4096 px, offloaded and in tiles."""
+    widths = Widths(ways=frozenset(REPORTS))
+    weights = footprint.weights(MEDIUM, widths)
+    resident = weights.text + weights.dit + weights.autoencoder
+    resident += footprint.graph_bytes(MEDIUM, SQUARE, widths)
+    resident += footprint.decode_work(MEDIUM.autoencoder, 1024, 1024, 2, widths.ways)
+    assert resident < 9.5 * GIB
+    offloaded = plan(FOUR_K, LARGE, 7 * GIB, widths=widths)
+    assert offloaded.tile == (1664, 4096)
+    assert offloaded.peak < 7 * GIB
 
 
 def test_what_cannot_be_is_refused_with_the_least_that_can() -> None:

@@ -1,11 +1,14 @@
-"""The table of docs/memory.md is what the planner says today."""
+"""The tables of docs/memory.md are what the planner says today."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sana.pipelines.footprint import Canvas
-from sana.pipelines.memory import CUDA_CONTEXT, DoesNotFit, MemoryPlan, plan, shown
+from sana.kernels.proven import REPORTS
+from sana.models.cutting import tilings
+from sana.pipelines import footprint
+from sana.pipelines.footprint import Canvas, Widths
+from sana.pipelines.memory import CUDA_CONTEXT, DoesNotFit, MemoryPlan, in_tiles, plan, shown
 from sana.presets import preset
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
@@ -26,11 +29,11 @@ def cell(chosen: MemoryPlan) -> str:
     if chosen.offloads:
         words = "text {}, transformer {}".format(*(LETTERS[placement] + "s" for placement in how))
         words = words.replace("text visits, transformer visits", "all visit")
-    tiles = "" if chosen.tile is None else f", {chosen.tile} px tiles"
+    tiles = "" if chosen.tile is None else f", {in_tiles(chosen.tile).removeprefix('in ')}"
     return f"{words}{tiles}: {shown(chosen.peak + CUDA_CONTEXT)}"
 
 
-def table() -> list[str]:
+def table(widths: Widths | None = None) -> list[str]:
     lines = [f"| model | {' | '.join(f'{card} GiB' for card in CARDS)} |"]
     lines.append("|---|" + "---|" * len(CARDS))
     for name, side in MODELS:
@@ -39,14 +42,36 @@ def table() -> list[str]:
             try:
                 canvas = Canvas(width=side, height=side)
                 config = preset(name).config
-                cells.append(cell(plan(config, canvas, card * 2**30, reserve=CUDA_CONTEXT)))
+                limit = card * 2**30
+                chosen = plan(config, canvas, limit, widths=widths, reserve=CUDA_CONTEXT)
+                cells.append(cell(chosen))
             except DoesNotFit:
                 cells.append("does not fit")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def test_the_table_is_the_planners() -> None:
+def tiles() -> list[str]:
+    """Of a picture of 4096 px, while the autoencoder alone is on the device."""
+    lines = ["| width x height | tiles | computed | decoding takes |", "|---|---:|---:|---:|"]
+    config = preset("sana-1600m-4096").config
+    weights = footprint.weights(config, Widths()).autoencoder
+    for way in tilings(4096, 4096, 32):
+        if way.smallness == 1:
+            tall, wide = way.tile
+            bands = 0 if way.count == 1 else 24 * tall * 4096
+            work = footprint.decode_work(config.autoencoder, wide, tall, 2) + bands
+            share = way.computed / 4096**2
+            size = shown(int(1.03 * (weights + work)) + 2**26)
+            lines.append(f"| {wide} x {tall} | {way.count} | {share:.2f} | {size} |")
+    return lines
+
+
+def test_the_tables_are_the_planners() -> None:
     page = PAGE.read_text(encoding="utf-8").splitlines()
-    for line in table():
+    for line in [*table(), *tiles()]:
         assert line in page, f"docs/memory.md lacks {line}"
+
+
+def test_no_way_that_a_card_may_prove_changes_them() -> None:
+    assert table(Widths(ways=frozenset(REPORTS))) == table()

@@ -20,6 +20,7 @@ from sana.config import (
     StageConfig,
     TextConfig,
 )
+from sana.kernels.proven import Way
 
 NORM_VALUES = 2**22
 STRIP_VALUES = 2**26
@@ -34,11 +35,12 @@ INSTRUCTION_TOKENS = 210
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Widths:
-    """Bytes of one value of each network's weights."""
+    """Bytes of one value of each network's weights, and by which ways kernels compute, if any."""
 
     text: int = 2
     dit: int = 2
     autoencoder: int = 2
+    ways: frozenset[Way] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +156,13 @@ def graph_bytes(c: ModelConfig, canvas: Canvas, widths: Widths) -> int:
     return texts + dit_work(c.dit, canvas, c.autoencoder.factor, widths.dit)
 
 
-def decode_work(c: DCAEConfig, width: int, height: int, value: int) -> int:
-    """Bytes that decoding a picture of width x height in one piece takes; `value` bytes a value."""
+def decode_work(
+    c: DCAEConfig, width: int, height: int, value: int, ways: frozenset[Way] = frozenset()
+) -> int:
+    """Bytes that decoding a picture of width x height in one piece takes; `value` bytes a value.
+
+    `ways` are those that kernels compute by; each enlarges with maps of its own.
+    """
     stages, pixels = c.decoder, width * height
     last = stages[0].width * pixels if stages[0].depth else stages[1].width * pixels // 4
     moments = [2 * last * value + 12 * min(last, NORM_VALUES)]
@@ -163,7 +170,7 @@ def decode_work(c: DCAEConfig, width: int, height: int, value: int) -> int:
         here = pixels // 4**index
         moments.append(_block_work(stage, here, value))
         if index + 1 < len(stages):
-            moments.append(_up_work(c, index, here, value))
+            moments.append(_up_work(c, index, here, value, ways))
     return max(moments)
 
 
@@ -200,18 +207,27 @@ def _block_work(stage: StageConfig, pixels: int, value: int) -> int:
     return int(attention * maps * value)
 
 
-def _up_work(c: DCAEConfig, index: int, pixels: int, value: int) -> int:
+def _up_work(
+    c: DCAEConfig, index: int, pixels: int, value: int, ways: frozenset[Way] = frozenset()
+) -> int:
     """From stage index + 1 to stage index; where stage 0 is empty, the last makes the picture."""
-    coarse = c.decoder[index + 1].width * pixels // 4
+    wide, coarse = c.decoder[index + 1].width, c.decoder[index + 1].width * pixels // 4
     empty = index == 0 and not c.decoder[0].depth
-    fine = (3 if empty else c.decoder[index].width) * pixels
+    out = 3 if empty else c.decoder[index].width
+    fine = out * pixels
     if c.up == "pixel_shuffle":
         main = coarse + 2 * fine
+    elif "windows" in ways and not empty:
+        # The input, and the kernel's sums and copy; it and the windows; these and the result.
+        main = coarse + max(32 * wide * out, 16 * wide * out + fine, 2 * fine)
+    elif "doubling" in ways:
+        # The input, and the kernel's parts in fp32; it and the result.
+        main = coarse + max(44 * 4 // value * wide * out, 16 * wide * out + fine)
     elif 4 * coarse <= STRIP_VALUES:
         main = coarse + fine + 4 * coarse
     else:
         # The input twice, with the rows around it; the result; an enlarged strip and its result.
-        main = 2 * coarse + fine + STRIP_VALUES * 3 // 2
+        main = 2 * coarse + fine + STRIP_VALUES + STRIP_VALUES * out // wide
     shortcut = 0 if empty else coarse + fine
     return max(main, shortcut) * value
 

@@ -2,20 +2,21 @@
 
 From the model's config, the picture and a limit in bytes, `plan` takes the fastest of all ways that
 fit: networks that stay, that come for their phase and leave, or whose blocks stream through two at
-a time; a decoder over the whole picture or over tiles. It plans by estimates (`footprint`);
-`offload` does what a plan says. Nothing here needs a device. Start reading at `plan`.
+a time; an autoencoder over the whole picture or over the tiles that recompute least. It plans by
+estimates (`footprint`); `offload` does what a plan says. Nothing here needs a device. Start reading
+at `plan`.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from sana.config import ModelConfig
 from sana.errors import RequestError
+from sana.models.cutting import Tile, Tiling, tilings
 from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Weights, Widths
 
@@ -40,10 +41,6 @@ WHILE: dict[Phase, str] = {
     "denoise": "denoising",
     "decode": "decoding",
 }
-GOOD_TILES = (2048, 1024)
-SMALL_TILES = (768, 512, 256)
-"""They can show in plain areas (`sana.models.tiling`), so only where nothing else fits."""
-
 SLACK_FACTOR = 1.03
 SLACK_BYTES = 64 * 2**20
 """What the estimates leave out: workspaces of matrix products, small tensors, rounding."""
@@ -54,6 +51,7 @@ CUDA_CONTEXT = 512 * 2**20
 LINK = 12e9
 DECODING = 0.15
 SMALL_TILE_PENALTY = 100.0
+"""They can show in plain areas (`sana.models.cutting`), so only where nothing else fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +63,10 @@ class MemoryPlan:
     autoencoder: Placement = "stays"
     early: tuple[Part, ...] = ()
     """Visitors that are fetched while the phase before theirs still runs."""
-    tile: int | None = None
-    """Pixels of the autoencoder's tiles; None means the whole picture in one piece."""
+    tile: Tile | None = None
+    """Of the decoded picture, in pixels; None means in one piece."""
+    encode_tile: Tile | None = None
+    """Likewise of a picture that goes in."""
     peak: int = 0
     """Estimated bytes at the busiest moment."""
     busiest: Phase = "decode"
@@ -111,8 +111,7 @@ class MemoryPlan:
         ]
         if not self.offloads:
             parts = ["everything stays on the device"]
-        how = "in one piece" if self.tile is None else f"in {self.tile} px tiles"
-        return f"{_listed(parts)}; the picture is decoded {how}"
+        return f"{_listed(parts)}; the picture is decoded {in_tiles(self.tile)}"
 
 
 class DoesNotFit(RequestError):
@@ -121,6 +120,17 @@ class DoesNotFit(RequestError):
     def __init__(self, message: str, least: MemoryPlan) -> None:
         super().__init__(message)
         self.least = least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """What is to be planned."""
+
+    config: ModelConfig
+    canvas: Canvas
+    weights: Weights
+    widths: Widths
+    tilings: tuple[Tiling, ...]
 
 
 def plan(
@@ -138,22 +148,29 @@ def plan(
     the limit are taken by others (`CUDA_CONTEXT`). Raises `DoesNotFit` with the least that works.
     """
     widths = widths or Widths()
-    weights = footprint.weights(config, widths)
-    every = _ways(config, canvas, can_offload)
-    ways = [_measured(way, config, canvas, weights, widths) for way in every]
+    task = _Task(
+        config=config,
+        canvas=canvas,
+        weights=footprint.weights(config, widths),
+        widths=widths,
+        tilings=tuple(tilings(canvas.height, canvas.width, config.autoencoder.factor)),
+    )
     if limit is None:
-        return ways[0]
-    fitting = [way for way in ways if way.peak + reserve <= limit]
+        return _fitted(MemoryPlan(), task, None)
+    placements = _placements(can_offload)
+    plans = [_fitted(placed, task, limit - reserve) for placed in placements]
+    fitting = [way for way in plans if way.peak + reserve <= limit]
     if not fitting:
-        least = min(ways, key=lambda way: way.peak)
+        least = min((_fitted(placed, task, 0) for placed in placements), key=lambda way: way.peak)
+        least = _fitted(least, task, least.peak)
         raise DoesNotFit(
             f"memory is {shown(limit)}; {config.name} at {canvas.width} x {canvas.height} needs at "
             f"least {shown_up(least.peak + reserve)}, with which {least.describe()}; give more "
             "memory, draw a smaller picture, or use a smaller model",
             least,
         )
-    best = min(fitting, key=lambda way: _seconds(way, config, canvas, weights))
-    return _with_early(best, config, canvas, weights, widths, limit - reserve)
+    best = min(fitting, key=lambda way: _seconds(way, task))
+    return _with_early(best, task, limit - reserve)
 
 
 def parse(text: str) -> int:
@@ -181,68 +198,88 @@ def shown_up(size: int) -> str:
     return shown(size + (2**30 // 20 if size >= 2**30 else 2**19))
 
 
+def in_tiles(tile: Tile | None) -> str:
+    """How a picture is decoded, for people: width x height, as pictures are."""
+    if tile is None:
+        return "in one piece"
+    height, width = tile
+    return f"in {width} px tiles" if height == width else f"in tiles of {width} x {height} px"
+
+
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _ways(config: ModelConfig, canvas: Canvas, can_offload: bool) -> Iterator[MemoryPlan]:
-    """Every way there is, the plainest first."""
-    factor = config.autoencoder.factor
-    longest = max(canvas.width, canvas.height)
-    tiles = [tile for tile in (*GOOD_TILES, *SMALL_TILES) if tile < longest and not tile % factor]
-    if longest > 2 * factor and not tiles:
-        tiles = [2 * factor]
-    ways: list[MemoryPlan] = [MemoryPlan()]
+def _placements(can_offload: bool) -> list[MemoryPlan]:
+    """Who may be where, the plainest first."""
+    ways = [MemoryPlan()]
     if can_offload:
         ways.append(MemoryPlan(text="visits"))
         texts: tuple[Placement, ...] = ("visits", "streams")
         for text, dit in itertools.product(texts, texts):
             ways.append(MemoryPlan(text=text, dit=dit, autoencoder="visits"))
-    for way in ways:
-        for tile in (None, *tiles):
-            yield replace(way, tile=tile)
+    return ways
 
 
-def _measured(
-    way: MemoryPlan, config: ModelConfig, canvas: Canvas, weights: Weights, widths: Widths
-) -> MemoryPlan:
+def _fitted(way: MemoryPlan, task: _Task, limit: int | None) -> MemoryPlan:
+    """The same way in the tiles of least work that fit, or else in the smallest; and its peak."""
+    decoding, encoding = (_tile(way, phase, task, limit) for phase in ("decode", "encode"))
+    return _measured(replace(way, tile=decoding, encode_tile=encoding), task)
+
+
+def _tile(
+    way: MemoryPlan, phase: Literal["encode", "decode"], task: _Task, limit: int | None
+) -> Tile | None:
+    held = _held(way, phase, task)
+    tiles = [tiling.tile if tiling.count > 1 else None for tiling in task.tilings]
+
+    def fits(tile: Tile | None) -> bool:
+        return limit is None or _padded(held + _work(tile, phase, task)) <= limit
+
+    return next(filter(fits, tiles), tiles[-1])
+
+
+def _measured(way: MemoryPlan, task: _Task) -> MemoryPlan:
     """The same way with its peak."""
     phases: list[Phase] = ["text", "denoise", "decode"]
-    if canvas.encodes:
+    if task.canvas.encodes:
         phases.append("encode")
-    sizes = {phase: _phase_bytes(way, phase, config, canvas, weights, widths) for phase in phases}
+    sizes = {phase: _phase_bytes(way, phase, task) for phase in phases}
     busiest = max(phases, key=lambda phase: sizes[phase])
     return replace(way, peak=sizes[busiest], busiest=busiest)
 
 
-def _phase_bytes(
-    way: MemoryPlan,
-    phase: Phase,
-    config: ModelConfig,
-    canvas: Canvas,
-    weights: Weights,
-    widths: Widths,
-) -> int:
-    held = sum(_part_bytes(part, getattr(way, part), weights) for part in way.present(phase))
+def _phase_bytes(way: MemoryPlan, phase: Phase, task: _Task) -> int:
+    config, widths = task.config, task.widths
     if phase == "text":
         work = footprint.text_work(config.text, widths.text)
     elif phase == "denoise":
-        work = footprint.dit_work(config.dit, canvas, config.autoencoder.factor, widths.dit)
+        factor = config.autoencoder.factor
+        work = footprint.dit_work(config.dit, task.canvas, factor, widths.dit)
     else:
-        work = _autoencoder_work(way, phase, config, canvas, widths.autoencoder)
-    return int((held + work) * SLACK_FACTOR) + SLACK_BYTES
+        work = _work(way.tile if phase == "decode" else way.encode_tile, phase, task)
+    return _padded(_held(way, phase, task) + work)
 
 
-def _autoencoder_work(
-    way: MemoryPlan, phase: Phase, config: ModelConfig, canvas: Canvas, value: int
-) -> int:
-    width, height, bands = canvas.width, canvas.height, 0
-    if way.tile is not None:
-        # Two rows of tiles in fp32: the one that is summed up, and the next.
-        bands = 2 * 3 * 4 * min(way.tile, height) * width
-        width, height = min(way.tile, width), min(way.tile, height)
-    work = footprint.encode_work if phase == "encode" else footprint.decode_work
-    return work(config.autoencoder, width, height, value) + bands
+def _held(way: MemoryPlan, phase: Phase, task: _Task) -> int:
+    """Bytes of the weights that are on the device in `phase`."""
+    return sum(_part_bytes(part, getattr(way, part), task.weights) for part in way.present(phase))
+
+
+def _padded(size: int) -> int:
+    return int(size * SLACK_FACTOR) + SLACK_BYTES
+
+
+def _work(tile: Tile | None, phase: Literal["encode", "decode"], task: _Task) -> int:
+    """Bytes that the autoencoder takes beside its weights."""
+    canvas, value = task.canvas, task.widths.autoencoder
+    height, width = tile or (canvas.height, canvas.width)
+    # Two rows of tiles in fp32: the one that is summed up, and the next.
+    bands = 0 if tile is None else 2 * 3 * 4 * height * canvas.width
+    config = task.config.autoencoder
+    if phase == "encode":
+        return footprint.encode_work(config, width, height, value) + bands
+    return footprint.decode_work(config, width, height, value, task.widths.ways) + bands
 
 
 def _part_bytes(part: Part, placement: Placement, weights: Weights) -> int:
@@ -251,40 +288,32 @@ def _part_bytes(part: Part, placement: Placement, weights: Weights) -> int:
     return {"text": weights.text, "dit": weights.dit, "autoencoder": weights.autoencoder}[part]
 
 
-def _seconds(way: MemoryPlan, config: ModelConfig, canvas: Canvas, weights: Weights) -> float:
+def _seconds(way: MemoryPlan, task: _Task) -> float:
     """About what a way costs beyond computing it with everything in place."""
     seconds = 0.0
     for part in NAMES:
         placement = getattr(way, part)
-        size = _part_bytes(part, "stays", weights)
+        size = _part_bytes(part, "stays", task.weights)
         if placement == "visits":
             seconds += size / LINK
         elif placement == "streams":
-            seconds += size * (2 if part == "text" else config.sampling.steps) / LINK
-    if way.tile is not None:
-        pixels = canvas.width * canvas.height
-        tiled = 1
-        for side in (canvas.width, canvas.height):
-            stride = way.tile * 3 // 4
-            tiled *= (1 + max(0, -(-(side - way.tile) // stride))) * min(way.tile, side)
-        seconds += DECODING * (tiled - pixels) / 2**20
-        if way.tile < GOOD_TILES[-1]:
-            seconds += SMALL_TILE_PENALTY * GOOD_TILES[-1] / way.tile
+            seconds += size * (2 if part == "text" else task.config.sampling.steps) / LINK
+    tiles = [way.tile, way.encode_tile] if task.canvas.encodes else [way.tile]
+    for tiling in task.tilings:
+        seconds += tiles.count(tiling.tile) * _tiling_seconds(tiling, task.canvas)
     return seconds
 
 
-def _with_early(
-    way: MemoryPlan,
-    config: ModelConfig,
-    canvas: Canvas,
-    weights: Weights,
-    widths: Widths,
-    limit: int,
-) -> MemoryPlan:
+def _tiling_seconds(tiling: Tiling, canvas: Canvas) -> float:
+    again = tiling.computed - canvas.width * canvas.height
+    penalty = SMALL_TILE_PENALTY * tiling.smallness if tiling.smallness > 1 else 0.0
+    return DECODING * again / 2**20 + penalty
+
+
+def _with_early(way: MemoryPlan, task: _Task, limit: int) -> MemoryPlan:
     """Fetch a visitor during the phase before its own where both fit."""
     for part in ("dit", "autoencoder"):
         if getattr(way, part) == "visits":
-            tried = replace(way, early=(*way.early, part))
-            tried = _measured(tried, config, canvas, weights, widths)
+            tried = _measured(replace(way, early=(*way.early, part)), task)
             way = tried if tried.peak <= limit else way
     return way

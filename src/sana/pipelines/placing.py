@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sana.kernels import ops
+from sana.kernels.proven import REPORTS, Way
+from sana.models.cutting import Tile, tilings
 from sana.models.gemma import Gemma2
 from sana.models.rounding import product_dtype
 from sana.models.tiling import decode_bands, encode_tiled
@@ -25,12 +27,11 @@ from sana.pipelines.footprint import Canvas, Widths
 from sana.pipelines.graphs import Graphs, cuda_capture
 from sana.pipelines.memory import (
     CUDA_CONTEXT,
-    GOOD_TILES,
-    SMALL_TILES,
     DoesNotFit,
     MemoryPlan,
     Part,
     Phase,
+    in_tiles,
     plan,
 )
 from sana.pipelines.moving import tensors_of
@@ -72,9 +73,12 @@ class Placing:
         self._canvas: Canvas | None = None
         self._networks = _networks(components)
         self._offload = Offload(self._networks, self.device)
-        self.widths = Widths(
-            **{part: _value_bytes(network) for part, network in self._networks.items()}
-        )
+
+    @property
+    def widths(self) -> Widths:
+        """How the networks are computed now."""
+        values = {part: _value_bytes(network) for part, network in self._networks.items()}
+        return Widths(**values, ways=ways_on(self.device))
 
     @property
     def plan(self) -> MemoryPlan:
@@ -131,7 +135,8 @@ class Placing:
         wanted = steps and ops.allows("decode_graph") and chosen.autoencoder == "stays"
         wanted &= chosen.tile is None and canvas.width * canvas.height <= GRAPHED_PIXELS
         sides = (canvas.width, canvas.height)
-        work = footprint.decode_work(config.autoencoder, *sides, widths.autoencoder)
+        value = widths.autoencoder
+        work = footprint.decode_work(config.autoencoder, *sides, value, widths.ways)
         decodes = holds(work, wanted=wanted)
         if (steps, texts, decodes) != self._has_room:
             self._has_room = (steps, texts, decodes)
@@ -156,33 +161,34 @@ class Placing:
     def decode(self, latent: Tensor) -> Tensor:
         """Pixels [3,H,W] in fp32 of a raw latent [1,C,h,w], large ones on the CPU.
 
-        Out of memory, it is tried again in smaller tiles, and that is logged as a warning.
+        Out of memory, it is tried again in tiles of half the area, and that is logged as a warning.
         """
         self._prepare_for(latent)
         self.enter("decode")
-        longest = max(latent.shape[-2:]) * self._config.autoencoder.factor
-        smaller = [tile for tile in (*GOOD_TILES[1:], *SMALL_TILES) if tile < longest]
+        factor = self._config.autoencoder.factor
+        height, width = (side * factor for side in latent.shape[-2:])
         tile = self.plan.tile
         while True:
             try:
                 return self._decode_in(latent, tile)
             except (RuntimeError, MemoryError) as error:
-                left = [size for size in smaller if tile is None or size < tile]
-                if not left or not is_out_of_memory(error):
+                smaller = _smaller(tile or (height, width), height, width, factor)
+                if smaller is None or not is_out_of_memory(error):
                     raise
-                following = left[0]
             # Only here, outside the handler, has the failed attempt let go of its tensors.
             self._drop_graphs()
             _empty_cache(self.device)
-            how = "in one piece" if tile is None else f"in {tile} px tiles"
-            logger.warning("out of memory decoding %s; trying %d px tiles", how, following)
-            tile = following
+            how, instead = in_tiles(tile), in_tiles(smaller)
+            logger.warning("out of memory decoding %s; trying it %s", how, instead)
+            tile = smaller
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Raw latent [1,C,h,w] on the device, of pixels [1,3,H,W] from anywhere."""
         self.enter("encode")
-        tile = self.plan.tile or max(pixels.shape[-2:])
-        return encode_tiled(self._autoencoder, pixels, tile=tile)
+        height, width = pixels.shape[-2:]
+        return encode_tiled(
+            self._autoencoder, pixels, tile=self.plan.encode_tile or (height, width)
+        )
 
     def _prepare_for(self, latent: Tensor) -> None:
         factor = self._config.autoencoder.factor
@@ -191,7 +197,7 @@ class Placing:
         if known is None or (known.height, known.width) != (height, width):
             self.prepare(Canvas(width=width, height=height))
 
-    def _decode_in(self, latent: Tensor, tile: int | None) -> Tensor:
+    def _decode_in(self, latent: Tensor, tile: Tile | None) -> Tensor:
         factor = self._config.autoencoder.factor
         height, width = (side * factor for side in latent.shape[-2:])
         # A small picture becomes bytes where it is, so that a quarter of it is copied.
@@ -204,11 +210,12 @@ class Placing:
             row += band.shape[-2]
         return pixels
 
-    def _bands(self, latent: Tensor, tile: int | None) -> Iterable[Tensor]:
+    def _bands(self, latent: Tensor, tile: Tile | None) -> Iterable[Tensor]:
         """Of the decoded picture: of tiles, or of one graph where there is room for it."""
         network = self._autoencoder
         if not self.decode_graphs.is_on or tile is not None:
-            whole = max(latent.shape[-2:]) * self._config.autoencoder.factor
+            factor = self._config.autoencoder.factor
+            whole = (latent.shape[-2] * factor, latent.shape[-1] * factor)
             return decode_bands(network, latent, tile=tile or whole)
 
         def decode(latent: Tensor, _time: tuple[()]) -> Tensor:
@@ -253,6 +260,13 @@ def bounds(device: torch.device, stated: int | None, free: int | None) -> tuple[
     return free + reserve if stated is None else min(stated, free + reserve), reserve
 
 
+def ways_on(device: torch.device) -> frozenset[Way]:
+    """The ways of computing that are in use on `device`; none where there are no kernels."""
+    if not ops.uses_triton(torch.empty(0, device=device)):
+        return frozenset()
+    return frozenset(way for way in REPORTS if ops.allows(way))
+
+
 def free_memory(device: torch.device | str) -> int | None:
     """Bytes free on `device`, with what torch has cached there; None where nobody knows."""
     device = torch.device(device)
@@ -290,6 +304,13 @@ def _networks(components: Components) -> dict[Part, nn.Module]:
     if isinstance(text, nn.Module):
         networks["text"] = text
     return networks
+
+
+def _smaller(tile: Tile, height: int, width: int, factor: int) -> Tile | None:
+    """Of the tiles of at most half the area, those of least work."""
+    area = tile[0] * tile[1]
+    ways = tilings(height, width, factor)
+    return next((way.tile for way in ways if 2 * way.area <= area), None)
 
 
 def _value_bytes(network: nn.Module) -> int:
