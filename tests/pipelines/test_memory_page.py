@@ -57,9 +57,9 @@ def tiles() -> list[str]:
     config = preset("sana-1600m-4096").config
     weights = footprint.weights(config, Widths()).autoencoder
     for way in tilings(4096, 4096, 32):
-        if way.smallness == 1:
+        if way.smallness == 1 and way.count > 1:
             tall, wide = way.tile
-            bands = 0 if way.count == 1 else 24 * tall * 4096
+            bands = 24 * tall * 4096
             work = footprint.decode_work(config.autoencoder, wide, tall, 2) + bands
             share = way.computed / 4096**2
             size = shown(int(1.03 * (weights + work)) + 2**26)

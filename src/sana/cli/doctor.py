@@ -126,7 +126,8 @@ def _fit(
             reserve=reserve,
         )
 
-    resident = planned(None).peak + reserve
+    free = planned(None)
+    resident = free.peak + reserve
     try:
         planned(1)
     except DoesNotFit as refusal:
@@ -135,7 +136,7 @@ def _fit(
         chosen = planned(available)
     except DoesNotFit:
         return {"resident": resident, "least": least, "fits": "no", "how": None}
-    tiled = chosen.tile is not None
+    tiled = chosen.tile != free.tile
     fits = "offloaded" if chosen.offloads else "tiled" if tiled else "resident"
     return {"resident": resident, "least": least, "fits": fits, "how": chosen.describe()}
 

@@ -156,6 +156,16 @@ def graph_bytes(c: ModelConfig, canvas: Canvas, widths: Widths) -> int:
     return texts + dit_work(c.dit, canvas, c.autoencoder.factor, widths.dit)
 
 
+def widest(c: DCAEConfig) -> float:
+    """The most values that a map between two layers holds for each pixel of the picture."""
+    return max(
+        float(stage.width) / (1 << 2 * index)
+        for stages in (c.encoder, c.decoder)
+        for index, stage in enumerate(stages)
+        if stage.depth
+    )
+
+
 def decode_work(
     c: DCAEConfig, width: int, height: int, value: int, ways: frozenset[Way] = frozenset()
 ) -> int:

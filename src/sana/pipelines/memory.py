@@ -41,6 +41,9 @@ WHILE: dict[Phase, str] = {
     "denoise": "denoising",
     "decode": "decoding",
 }
+MOST_VALUES = 2**31 - 1
+"""Larger maps leave the convolutions that count in 32 bits, and no card has tried the others."""
+
 SLACK_FACTOR = 1.03
 SLACK_BYTES = 64 * 2**20
 """What the estimates leave out: workspaces of matrix products, small tensors, rounding."""
@@ -153,7 +156,7 @@ def plan(
         canvas=canvas,
         weights=footprint.weights(config, widths),
         widths=widths,
-        tilings=tuple(tilings(canvas.height, canvas.width, config.autoencoder.factor)),
+        tilings=_tilings(config, canvas),
     )
     if limit is None:
         return _fitted(MemoryPlan(), task, None)
@@ -219,6 +222,13 @@ def _placements(can_offload: bool) -> list[MemoryPlan]:
         for text, dit in itertools.product(texts, texts):
             ways.append(MemoryPlan(text=text, dit=dit, autoencoder="visits"))
     return ways
+
+
+def _tilings(config: ModelConfig, canvas: Canvas) -> tuple[Tiling, ...]:
+    """What the picture may be cut into, whatever memory there is."""
+    widest = footprint.widest(config.autoencoder)
+    every = tilings(canvas.height, canvas.width, config.autoencoder.factor)
+    return tuple(way for way in every if way.area * widest <= MOST_VALUES)
 
 
 def _fitted(way: MemoryPlan, task: _Task, limit: int | None) -> MemoryPlan:
