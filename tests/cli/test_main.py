@@ -72,6 +72,18 @@ def test_importing_sana_imports_next_to_nothing() -> None:
     assert out.strip() == "set()"
 
 
+def test_a_process_of_its_own_seldom_looks_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds: list[int] = []
+    at_end: list[Any] = []
+    monkeypatch.setattr(cli.gc, "set_threshold", thresholds.append)
+    monkeypatch.setattr(cli.atexit, "register", at_end.append)
+    monkeypatch.setattr(sys, "argv", ["sana", "generate", "--steps", "none"])
+    assert main(sys.argv[1:]) == 2
+    assert (thresholds, at_end) == ([], [])
+    assert main() == 2
+    assert (thresholds, at_end) == ([cli.SELDOM], [cli.gc.freeze])
+
+
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out

@@ -177,7 +177,7 @@ def _report(found: dict[str, Any]) -> list[str]:
         free = "unknown" if device["free"] is None else shown(device["free"])
         total = "" if device["total"] is None else f" of {shown(device['total'])}"
         dtypes = "fp32, fp16, bf16" if device["has_bf16"] else "fp32, fp16"
-        dtypes = "fp32, bf16" if device["name"] == "cpu" else dtypes
+        dtypes = _of_cpu() if device["name"] == "cpu" else dtypes
         lines.append(
             f"  {device['name']:7} {device['what']}; {free}{total} free; computes in {dtypes}"
         )
@@ -205,12 +205,18 @@ def _models_table(found: dict[str, Any]) -> list[str]:
     width = max(len(row["name"]) for row in found["models"])
     lines = [
         f"Models on {found['models_on']}: memory for one picture, all resident and at least",
-        f"  {'model':{width}}    px  in    resident     least  here",
+        f"  {'model':{width}}    px  in     resident     least  here",
     ]
     for row in found["models"]:
         sizes = f"{shown(row['resident']):>9} {shown(row['least']):>9}"
         lines.append(
-            f"  {row['name']:{width}}  {row['pixels']:4}  {row['dtype']}  {sizes}  "
+            f"  {row['name']:{width}}  {row['pixels']:4}  {row['dtype']:5}  {sizes}  "
             f"{words[row['fits']]}"
         )
     return lines
+
+
+def _of_cpu() -> str:
+    from sana.pipelines.precision import multiplies_in_bf16
+
+    return "fp32, mixed, bf16" if multiplies_in_bf16() else "fp32, bf16"
