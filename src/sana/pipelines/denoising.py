@@ -71,8 +71,7 @@ def make_denoiser(
     prepare: Any = None if placing.plan.dit == "streams" else base.prepare
     if has_second and prepare is not None and (threads := _threads(dit, placing.device)) > 1:
         network, prepare = abreast(network, prepare, threads)
-    network = _present(network, placing)
-    prepare = prepare and _present(prepare, placing)
+    network, prepare = _present(network, placing), prepare and _present(prepare, placing)
     text = _embedded(components, base, encoded, "the prompt")
     if config.dit.guidance_embedding:
         return distilled(network, text, request.guidance, prepare=prepare)
