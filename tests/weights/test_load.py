@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,14 @@ def test_meta_parameters_keep_buffers_and_end() -> None:
         inside = Table()
     assert inside.weight.is_meta and inside.get_buffer("table").tolist() == [0, 1, 2]
     assert not Table().weight.is_meta
+
+
+def test_threads_load_at_once(saved: Path) -> None:
+    """Without taking turns torch fails: its hooks change while it goes through them."""
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load.load(saved), range(16)))
+    first, *others = (network.dit.state_dict() for network in loaded)
+    assert all(torch.equal(other[name], first[name]) for other in others for name in first)
 
 
 def test_a_picture_imports_no_compiler_and_no_transformers(saved: Path) -> None:

@@ -26,6 +26,8 @@ from sana.weights.tensors import PIECE, Stored, blank, read_into
 Network = TypeVar("Network", bound=nn.Module)
 SHOWN = 10
 READERS = 4
+# torch goes through its hooks without a lock, so that one thread must not add any meanwhile.
+_building = threading.RLock()
 # A numbered block, in any layout.
 MODULE = re.compile(r"[a-z_.]*?\.\d+(?=\.)")
 
@@ -113,8 +115,11 @@ def meta_parameters() -> Iterator[None]:
 
     Plain `torch.device("meta")` would also lose tables and statistics that no file holds.
     """
-    thread = threading.get_ident()
+    with _building:
+        yield from _registered(threading.get_ident())
 
+
+def _registered(thread: int) -> Iterator[None]:
     def replace(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if threading.get_ident() != thread:
             return None
