@@ -36,7 +36,7 @@ train "$whole" whole sticker-autoencoder seed=21 init="$model" time_limit="$firs
 cp "$model/text.safetensors" "$work/whole/model/"
 
 train "$decoder" decoder sticker-decoder seed=22 init="$work/whole/model" data.crop=0 \
-    data.batch=32 autoencoder.latent_noise=0.01 time_limit=$((second - 230)) &
+    data.batch=32 autoencoder.latent_noise=0.01 time_limit=$((second - 310)) &
 train "$flow" flow sticker-512 seed=24 init="$model" flow.autoencoder="$work/whole/model" \
     time_limit="$second" optimizer.decay=0.7 optimizer.warmup=50 optimizer.rate=1.2e-3 &
 wait -n && wait -n
