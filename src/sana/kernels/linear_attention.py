@@ -252,7 +252,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, g, _state, _norm):
-    return *linear_attention_backward(g, *ctx.saved_tensors, ctx.eps), None, None
+    return *linear_attention_backward.known(g, *ctx.saved_tensors, ctx.eps), None, None
 
 
 linear_attention.register_autograd(_differentiate, setup_context=_keep)
