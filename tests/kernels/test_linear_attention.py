@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from numerics import assert_detects, assert_matches
 from sana.kernels import ops, reference
@@ -133,3 +134,22 @@ def test_narrow_products_give_the_same_result(tokens: int, dim: int) -> None:
 
     check(k)
     assert_detects(check, k.roll(1, dims=-1))
+
+
+def test_a_compiler_can_trace_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled training traces the backward with tensors that hold nothing."""
+    from sana.kernels import linear_attention as fast
+
+    def trace() -> torch.Size:
+        with FakeTensorMode():
+            q, k, v = (torch.empty(2, 3, 70, 32, requires_grad=True) for _ in range(3))
+            fast.linear_attention.known(q, k, v, EPS, False)[0].sum().backward()
+            return q.grad.shape
+
+    assert trace() == (2, 3, 70, 32)
+    # As if it were launched directly, which is what a plain call without a gradient does.
+    monkeypatch.setattr(
+        fast.linear_attention_backward, "known", fast.linear_attention_backward.launch
+    )
+    with pytest.raises(Exception, match="data pointer|storage|fake|Fake"):
+        trace()
