@@ -60,8 +60,6 @@ TEXT = 300
 PARTS = ("step", "decode", "text", "kernels", "sweep", "compile")
 STEP_WAYS: tuple[Way, ...] = (
     "lone_text",
-    "fast_silu",
-    "four_rows",
     "tanh_silu",
     "cross_attention",
     "split_attention",
@@ -128,8 +126,8 @@ class Bench:
         return ["", f"{name}, torch {torch.__version__}, ms", *table(self.rows)]
 
     def is_left_out(self, way: Way) -> bool:
-        """Whether the caller does not want it tried; notes that it is being tried otherwise."""
-        if way in self.options.without.split(","):
+        """Whether it is proven or not wanted; notes that it is being tried otherwise."""
+        if ops.allows(way) or way in self.options.without.split(","):
             return True
         if self.options.ways:
             Path(f"{self.options.ways}.trying").write_text(way)
@@ -252,10 +250,7 @@ def cases(bench: Bench, size: Sizes) -> Iterator[Case]:
         q, k, _ = qkv.chunk(3, dim=-1)
         return ops.rms_norm(q, weight, eps=1e-5), ops.rms_norm(k, weight, eps=1e-5)
 
-    once = Case(name="linear attention", inputs=(qkv,), call=heads, moved=4 * whole)
-    yield once
-    if not bench.is_tiny:
-        yield change(once, name="linear attention, bf16", needs=("split_attention",))
+    yield Case(name="linear attention", inputs=(qkv,), call=heads, moved=4 * whole)
     yield Case(name="x + gate y, norm", inputs=(x, y, table_, time_), call=both, moved=4 * whole)
     yield Case(name="x + gate y", inputs=(x, y, table_, time_), call=gate, moved=3 * whole)
     yield Case(name="norm", inputs=(x, table_, time_), call=norm, moved=2 * whole)
@@ -271,24 +266,11 @@ def cases(bench: Bench, size: Sizes) -> Iterator[Case]:
     inside = (q, k, v, bias)
     needs: tuple[Way, ...] = ("cross_attention",)
     yield Case(name="cross-attention", inputs=inside, call=across, moved=2 * whole, needs=needs)
-    yield from glu_cases(rand, size)
+    f = c.mlp_width
+    inside = (rand(b, size.side, size.side, 2 * f), rand(2 * f, 1, 3, 3), rand(2 * f))
+    yield Case(name="glumbconv", inputs=inside, call=ops.glu_depthwise, moved=b * n * f * 6)
     if size is not sizes(bench)[0] and size.name == "sana-600m-1024":
         yield from decoder_cases(rand)
-
-
-def glu_cases(rand: Draw, size: Sizes) -> Iterator[Case]:
-    """The middle of the mix-FFN, in all ways."""
-    b, n = size.batch, size.side**2
-    f = size.config.mlp_width
-    wide = rand(b, size.side, size.side, 2 * f)
-    taps, bias = rand(2 * f, 1, 3, 3), rand(2 * f)
-    inside = (wide, taps, bias)
-    once = Case(name="glumbconv", inputs=inside, call=ops.glu_depthwise, moved=b * n * f * 6)
-    yield once
-    yield change(once, name="glumbconv, PTX", needs=("fast_silu",))
-    yield change(once, name="glumbconv, tanh", needs=("tanh_silu",))
-    yield change(once, name="glumbconv, 4 rows, PTX", needs=("four_rows", "fast_silu"))
-    yield change(once, name="glumbconv, 4 rows, tanh", needs=("four_rows", "tanh_silu"))
 
 
 def decoder_cases(rand: Draw) -> Iterator[Case]:
@@ -499,7 +481,7 @@ class Decode:
         bench.add(
             name, error, f"{self.before:.2f}", f"{after:.2f}", f"{graphed:.2f}", f"{tuned:.2f}"
         )
-        if graphed < after and graphs.is_on and "decode_graph" not in bench.kept:
+        if graphed < after and graphs.is_on and not ops.allows("decode_graph"):
             bench.keep("decode_graph")
         return graphed
 
@@ -509,7 +491,7 @@ def run_text(bench: Bench) -> None:
     from benchmarks.rigs import PROMPT, WIDE, Texts
 
     bench.add("text", "error", "plain", "graph")
-    if bench.is_left_out("text_graph"):
+    if not ops.allows("text_graph") and bench.is_left_out("text_graph"):
         return
     texts = Texts(bench.device, is_tiny=bench.is_tiny, has_peer=False)
     graphs = Graphs(None if bench.is_tiny else cuda_capture())
@@ -536,7 +518,7 @@ def run_text(bench: Bench) -> None:
         f"{before:.2f}",
         f"{after:.2f}" if is_right else "WRONG",
     )
-    if is_right and after < before and graphs.is_on:
+    if is_right and after < before and graphs.is_on and not ops.allows("text_graph"):
         bench.keep("text_graph")
 
 
@@ -573,12 +555,7 @@ def run_sweep(bench: Bench) -> None:
     size = sizes(bench)[0]
     by_name = {case.name: case for case in cases(bench, size)}
     trials: list[tuple[str, Any, dict[str, int]]] = [
-        ("glumbconv, 4 rows, tanh", glumbconv, {"BLOCK_F_4": f, "NUM_WARPS_4": w, "SEGMENT_4": s})
-        for f, w in ((64, 1), (128, 1), (128, 2), (256, 4), (128, 4))
-        for s in (16, 32)
-    ]
-    trials += [
-        ("glumbconv, tanh", glumbconv, {"BLOCK_F": f, "NUM_WARPS": w, "SEGMENT": s})
+        ("glumbconv", glumbconv, {"BLOCK_F": f, "NUM_WARPS": w, "SEGMENT": s})
         for f, w in ((64, 1), (128, 2), (256, 4), (128, 1), (256, 2), (512, 8))
         for s in (16, 32)
     ]
@@ -589,7 +566,7 @@ def run_sweep(bench: Bench) -> None:
     ]  # fmt: skip
     trials += [
         (
-            "linear attention, bf16",
+            "linear attention",
             linear,
             {"TOKENS_OF_A_PART": part, "BLOCK_N": block, "APPLY_BLOCK": rows, "APPLY_WARPS": warps},
         )

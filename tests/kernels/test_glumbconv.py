@@ -8,7 +8,6 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.kernels import ops, reference
-from sana.kernels.proven import Way
 
 glumbconv = pytest.importorskip("sana.kernels.glumbconv", reason="triton is made for Linux only")
 
@@ -23,14 +22,13 @@ def draw(
     return tuple(torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes)
 
 
-def triton(x: Tensor, weight: Tensor, bias: Tensor, *ways: Way) -> Tensor:
-    with ops.force("triton"), ops.trying(*ways):
+def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with ops.force("triton"):
         return ops.glu_depthwise(x, weight, bias)
 
 
 # In bf16 the interpreter cuts where a GPU rounds, which doubles the error of 1.7e-3 that the
 # output's own digits leave.
-@pytest.mark.parametrize("ways", [(), ("four_rows",)])
 @pytest.mark.parametrize(
     ("shape", "dtype", "bound"),
     [
@@ -41,14 +39,14 @@ def triton(x: Tensor, weight: Tensor, bias: Tensor, *ways: Way) -> Tensor:
     ],
 )
 def test_equals_the_reference(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, bound: float, ways: tuple[Way, ...]
+    shape: tuple[int, int, int, int], dtype: torch.dtype, bound: float
 ) -> None:
     x, weight, bias = draw(*shape, dtype)
     wide = (part.double() for part in (x, weight, bias))
     exact = reference.glu_depthwise(*wide).to(dtype)
 
     def check(weight: Tensor) -> None:
-        got = triton(x.clone(), weight, bias, *ways)
+        got = triton(x.clone(), weight, bias)
         assert got.is_contiguous()
         assert_matches(exact, got, bound)
 
@@ -58,14 +56,11 @@ def test_equals_the_reference(
     assert_detects(check, louder)
 
 
-@pytest.mark.parametrize(("name", "ways"), [("SEGMENT", ()), ("SEGMENT_4", ("four_rows",))])
-def test_a_row_longer_than_a_segment_is_joined(
-    name: str, ways: tuple[Way, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_longer_than_a_segment_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(1, 1, 5, 6, torch.float32)
-    whole = triton(*inputs, *ways)
-    monkeypatch.setattr(glumbconv, name, 2)
-    assert torch.equal(whole, triton(*inputs, *ways))
+    whole = triton(*inputs)
+    monkeypatch.setattr(glumbconv, "SEGMENT", 2)
+    assert torch.equal(whole, triton(*inputs))
 
 
 def test_a_gradient_is_left_to_the_reference() -> None:

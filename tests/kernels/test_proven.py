@@ -28,7 +28,9 @@ def test_what_is_tried_is_used_inside_alone() -> None:
         assert not ops.allows(way)
 
 
-def test_unproven_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unproven_kernels_do_not_run_and_fp32_is_not_approximated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cross = pytest.importorskip("sana.kernels.cross_attention", reason="triton is for Linux only")
     glumbconv = pytest.importorskip("sana.kernels.glumbconv")
     used: list[object] = []
@@ -37,17 +39,17 @@ def test_unproven_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         used.append("cross_attention")
         return q
 
-    def mix(x: Tensor, _weight: Tensor, _bias: Tensor, silu: int, rows: int) -> Tensor:
-        used.extend((silu, rows))
+    def mix(x: Tensor, _weight: Tensor, _bias: Tensor, fast: bool) -> Tensor:
+        used.append(fast)
         return x
 
     monkeypatch.setattr(cross, "cross_attention", attend)
     monkeypatch.setattr(glumbconv, "glu_depthwise", mix)
-    q, x, taps = torch.ones(1, 1, 2, 16).half(), torch.ones(1, 2, 2, 4), torch.ones(4, 1, 3, 3)
+    q, inputs = torch.ones(1, 1, 2, 16).half(), (torch.ones(1, 2, 2, 4), torch.ones(4, 1, 3, 3))
     with ops.force("triton"):
         ops.cross_attention(q, q, q, None)
-        ops.glu_depthwise(x, taps, torch.ones(4))
+        ops.glu_depthwise(*inputs, torch.ones(4))
+        ops.glu_depthwise(*(x.bfloat16() for x in inputs), torch.ones(4).bfloat16())
         with ops.trying(*UNPROVEN):
             ops.cross_attention(q, q, q, None)
-            ops.glu_depthwise(x, taps, torch.ones(4))
-    assert used == [0, 2, "cross_attention", 2, 4]
+    assert used == [False, True, "cross_attention"]

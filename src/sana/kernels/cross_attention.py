@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sana.kernels.launching import op
 
-BLOCK_N = 128
+BLOCK_N = 64
 BLOCK_T = 64
-NUM_WARPS = 8
-NUM_STAGES = 2
+NUM_WARPS = 4
+NUM_STAGES = 3
 WIDEST = 256
 LOG2_E = 1.4426950408889634
 

@@ -19,8 +19,8 @@ from sana.kernels.launching import op
 
 BLOCK_N = 64
 NUM_WARPS = 2
-APPLY_BLOCK = 64
-APPLY_WARPS = 2
+APPLY_BLOCK = 128
+APPLY_WARPS = 4
 TOKENS_OF_A_PART = 256
 """At least; few enough that all parts together fill a GPU."""
 MOST_PARTS = 8

@@ -80,8 +80,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
         from sana.kernels import linear_attention as fast
 
         if fast.supports(q, k, v):
-            # fp16 has no range for the summed state.
-            narrow = allows("split_attention") and q.dtype == torch.bfloat16
+            # fp16 has no range for the summed state, the interpreter no products in bf16; and
+            # training has not been tried with it.
+            is_narrow = q.dtype == torch.bfloat16 and q.is_cuda and is_inference(q, k, v)
+            narrow = allows("split_attention") and is_narrow
             out: Tensor = fast.linear_attention(q, k, v, eps, narrow)[0]
             return out
     return reference.linear_attention(q, k, v, eps=eps)
@@ -230,9 +232,9 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from sana.kernels import glumbconv
 
         if glumbconv.supports(x, weight, bias):
-            silu = 2 if allows("tanh_silu") else int(allows("fast_silu"))
-            rows = 4 if allows("four_rows") else 2
-            out: Tensor = glumbconv.glu_depthwise(x, weight, bias, silu, rows)
+            # The approximation is finer than bf16's digits, and coarser than those of others.
+            fast = allows("tanh_silu") and x.dtype == torch.bfloat16
+            out: Tensor = glumbconv.glu_depthwise(x, weight, bias, fast)
             return out
     # One name, so that no map of 2F channels outlives its use.
     x = reference.silu_depthwise(x, weight, bias)

@@ -18,20 +18,19 @@ Way: TypeAlias = Literal[
     "rms_norm",
     "bias_act",
     "glu_depthwise",
-    "fast_silu",
     "cross_attention",
     "doubling",
     "decode_graph",
     "text_graph",
     "lone_text",
     "tanh_silu",
-    "four_rows",
     "windows",
     "aggregate",
     "split_attention",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
+H200 = "benchmarks/results/2026-11-27-kernels-nvidia-h200.md"
 
 REPORTS: Mapping[Way, str | None] = MappingProxyType(
     {
@@ -40,28 +39,24 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "rms_norm": H100,
         "bias_act": H100,
         "glu_depthwise": H100,
-        # SiLU of the mix-FFN's middle in PTX instead of Triton's own sigmoid.
-        "fast_silu": None,
-        # Ours instead of torch's scaled_dot_product_attention.
+        # Ours instead of torch's scaled_dot_product_attention; alone it is slower on an H200.
         "cross_attention": None,
         # DC-AE: nearest and 3x3 as a transposed convolution, then `add_repeated_`.
-        "doubling": None,
+        "doubling": H200,
         # The whole decoder as a CUDA graph (`sana.pipelines.placing`).
-        "decode_graph": None,
+        "decode_graph": H200,
         # Gemma-2 behind the instruction as a CUDA graph.
-        "text_graph": None,
+        "text_graph": H200,
         # A text of one token, such as guidance's empty one: its attention is the same everywhere.
-        "lone_text": None,
-        # SiLU of the mix-FFN's middle by the tangent's approximation, one special function not two.
-        "tanh_silu": None,
-        # The mix-FFN's middle in four rows a program: 1.5 instead of 2 SiLUs for each value.
-        "four_rows": None,
+        "lone_text": H200,
+        # SiLU of the mix-FFN's middle by the tangent's approximation, in bf16.
+        "tanh_silu": H200,
         # DC-AE: nearest and 3x3 as a 2x2 convolution to four times the channels, then `spread`.
-        "windows": None,
-        # DC-AE: a scale's 5x5 and its groups' product in one pass, beside query, key and value.
+        "windows": H200,
+        # DC-AE: a scale's 5x5 and its groups' product in one pass; slower in a graph on an H200.
         "aggregate": None,
         # Linear attention's products in bf16, with the summed state in two parts.
-        "split_attention": None,
+        "split_attention": H200,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -101,7 +101,8 @@ class Stem(nn.Module):
         """What the blocks make of `embed_text`'s result: for `denoise` in its place, every step."""
         readers = [block.cross_attention for block in self.blocks if isinstance(block, Block)]
         lone: tuple[Tensor, ...] = ()
-        if mask is not None and ops.allows("lone_text") and (count := lone_count(mask)):
+        is_tried = ops.allows("lone_text") and ops.uses_triton(embedded)
+        if mask is not None and is_tried and (count := lone_count(mask)):
             places = mask[:count].int().argmax(dim=1, keepdim=True)[..., None]
             tokens = embedded[:count].take_along_dim(places, dim=1)
             lone = tuple(reader.prepare_lone(tokens) for reader in readers)
