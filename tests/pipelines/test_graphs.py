@@ -258,6 +258,10 @@ def test_a_decode_graph_is_held_only_where_it_is_proven_and_fits(
     for text, is_on in (("stays", True), ("visits", False)):
         seats._make_room(MemoryPlan(text=text), Canvas(width=1024, height=1024), None)  # type: ignore[arg-type]
         assert seats.graphs.is_on and seats.text_graphs.is_on == is_on
+        assert not seats.reading, "on a CPU nothing is padded"
+        monkeypatch.setattr(seats, "device", torch.device("cuda"))
+        assert seats.reading == {"replay": seats.text_graphs}, "padded with a graph or without"
+        monkeypatch.setattr(seats, "device", torch.device("cpu"))
 
 
 @pytest.mark.gpu

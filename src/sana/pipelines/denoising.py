@@ -54,8 +54,7 @@ def make_denoiser(
     config, dit = components.config, components.dit
     has_second = request.guidance != 1 and not config.dit.guidance_embedding
     placing.enter("text")
-    # A text encoder without graphs knows no such option.
-    options = {"replay": placing.text_graphs} if placing.text_graphs.is_on else {}
+    options = placing.reading
     encoded = components.text.encode([request.prompt], **options)
     negative = _read_negative(components, request, encoded, options) if has_second else None
     placing.enter("denoise")

@@ -113,6 +113,16 @@ class Placing:
         """CUDA graphs of steps, for as long as they are held; where there is room for them."""
         return Graphs(cuda_capture() if self._has_room[0] else None)
 
+    @property
+    def reading(self) -> dict[str, Graphs]:
+        """Options of the text encoder: on a GPU texts are padded, where graphs are held or not.
+
+        So products have the same shapes, and texts the same bits, wherever networks are.
+        """
+        is_used = self.device.type == "cuda" and ops.allows("text_graph")
+        has_gemma = isinstance(self._networks.get("text"), Gemma2)
+        return {"replay": self.text_graphs} if is_used and has_gemma else {}
+
     def _make_room(self, chosen: MemoryPlan, canvas: Canvas, limit: int | None) -> None:
         """Keep the graphs that are held, have new ones, or have none, as the plan allows.
 

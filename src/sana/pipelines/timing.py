@@ -90,8 +90,7 @@ def time_request(
     has_second = resolved.guidance != 1 and not pipeline.config.dit.guidance_embedding
 
     def read() -> None:
-        graphs = pipeline._placing.text_graphs
-        options: Any = {"replay": graphs} if graphs.is_on else {}
+        options: Any = pipeline._placing.reading
         pipeline.components.text.encode([resolved.prompt], **options)
         if has_second:
             pipeline.components.text.encode_negative([resolved.negative_prompt], **options)
