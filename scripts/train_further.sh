@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Train `sticker-512` further on several GPUs, as its fourth run did: a better autoencoder, and the
-# transformer on its new latents.
+# Train `sticker-512` further, as its fourth run did: a better autoencoder, then the transformer on its
+# new latents.
 #
-#   scripts/train_further.sh MODEL PACK PERCEPTUAL WORK [FIRST SECOND]
+#   scripts/train_further.sh MODEL PACK PERCEPTUAL WORK [WHOLE DECODER FLOW]
 #
 # MODEL: the model folder to start from. PACK, PERCEPTUAL: from `sana data stickers` and `sana data
-# perceptual`. WORK: a folder for runs, logs and the result (WORK/model). FIRST, SECOND: seconds.
-# First the whole autoencoder; then the decoder alone beside the transformer on the new latents.
-# WHOLE, DECODER, FLOW: the GPUs of each, by default those of a machine with three (or four).
+# perceptual`. WORK: a folder for runs, logs and the result (WORK/model). WHOLE, DECODER, FLOW: seconds
+# of the whole autoencoder, of its decoder alone, and of the transformer. CARDS and FLOW_CARDS: the
+# GPUs of the autoencoder and of the transformer.
 set -euo pipefail
-model=$1 pack=$2 perceptual=$3 work=$4 first=${5:-700} second=${6:-640}
-whole=${WHOLE:-0,1,2} decoder=${DECODER:-0} flow=${FLOW:-1,2}
+model=$1 pack=$2 perceptual=$3 work=$4 whole=${5:-680} decoder=${6:-290} flow=${7:-392}
 mkdir -p "$work/log"
 
 train() { # GPUs, name, recipe, key=value ...
@@ -31,17 +30,16 @@ if __name__ == '__main__':
 date "+%T pack drawn"
 
 # Whole pictures: at a crop's border, which no picture has, half a decibel is lost for nothing.
-train "$whole" whole sticker-autoencoder seed=21 init="$model" time_limit="$first" \
+train "${CARDS:-0}" whole sticker-autoencoder seed=21 init="$model" time_limit="$whole" \
     optimizer.decay=0.6 autoencoder.latent_noise=0.02 data.crop=0 data.batch=24
 cp "$model/text.safetensors" "$work/whole/model/"
 
-train "$decoder" decoder sticker-decoder seed=22 init="$work/whole/model" data.crop=0 \
-    data.batch=32 autoencoder.latent_noise=0.01 time_limit=$((second - 310)) &
-train "$flow" flow sticker-512 seed=24 init="$model" flow.autoencoder="$work/whole/model" \
-    time_limit="$second" optimizer.decay=0.7 optimizer.warmup=50 optimizer.rate=1.2e-3 &
-wait -n && wait -n
-
+train "${CARDS:-0}" decoder sticker-decoder seed=22 init="$work/whole/model" data.crop=0 \
+    data.batch=32 autoencoder.latent_noise=0.01 time_limit="$decoder"
 mkdir -p "$work/model"
-cp "$work/decoder/model/autoencoder.safetensors" "$work"/flow/model/transformer-* \
-    "$model/text.safetensors" "$work/model/"
+cp "$work/decoder/model/autoencoder.safetensors" "$model/text.safetensors" "$work/model/"
+
+train "${FLOW_CARDS:-0,1}" flow sticker-512 seed=24 init="$model" flow.autoencoder="$work/model" \
+    time_limit="$flow" optimizer.decay=0.7 optimizer.warmup=50 optimizer.rate=1.4e-3
+cp "$work"/flow/model/transformer-* "$work/model/"
 date "+%T done"
