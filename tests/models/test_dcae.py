@@ -15,14 +15,10 @@ from sana.config import DCAEConfig, StageConfig
 from sana.errors import CheckpointError
 from sana.kernels import ops
 from sana.kernels.proven import UNPROVEN
-from sana.models import dcae
-from sana.models.dcae import (
-    ACTIVATIONS,
-    DCAE,
-    ChannelRMSNorm,
-    EViTBlock,
-    MultiScaleAttention,
-    ResBlock,
+from sana.models import dcae, maps
+from sana.models.dcae import DCAE, EViTBlock, MultiScaleAttention, ResBlock
+from sana.models.maps import ACTIVATIONS, ChannelRMSNorm
+from sana.models.resampling import (
     average_channels,
     channels_last,
     product_by_groups,
@@ -258,7 +254,7 @@ def test_without_gradients_the_bits_are_the_same(
     images = draw(1, 3, 3 * factor, 2 * factor).float()
     kept = images.clone()
     with_gradients = network(images).detach()
-    monkeypatch.setattr(dcae, "NORM_VALUES", 1000)
+    monkeypatch.setattr(maps, "NORM_VALUES", 1000)
 
     def check(network: DCAE) -> None:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from numerics import assert_detects
 from sana.config import ControlNetConfig, DCAEConfig, GemmaConfig, TextConfig
 from sana.kernels import ops
 from sana.kernels.proven import Way
-from sana.models import dcae
+from sana.models import dcae, maps
 from sana.models.bert import Bert
 from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE, Up
@@ -188,7 +188,7 @@ def test_enlarging_holds_the_maps_of_its_way(
 
 
 def test_the_norms_pieces_are_as_large_as_the_estimate_thinks() -> None:
-    assert footprint.NORM_VALUES == dcae.NORM_VALUES
+    assert footprint.NORM_VALUES == maps.NORM_VALUES
     assert footprint.STRIP_VALUES == dcae.STRIP_VALUES
 
 
