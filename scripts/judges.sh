@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Train the four judges of docs/evaluation.md at once on one GPU, then ask both detectors about fresh renders.
+#
+#   scripts/judges.sh MODEL PACK WORK [SECONDS]
+#
+# MODEL: a model folder, for its text encoder. PACK: from `sana data stickers`. WORK: a folder; what comes is
+# WORK/judges/{A,B,alignment,traits}/model and WORK/log. In 170 s on an H200 both detectors reached 0.999.
+set -euo pipefail
+model=$1 pack=$2 work=$3 seconds=${4:-170}
+mkdir -p "$work/log"
+export OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+
+train() { # name, seconds, recipe, key=value ...
+    python3 -m sana.training.run "$3" folder="$work/judges/$1" steps=1000000 save_every=1000000 \
+        log_every=25 time_limit="$2" data.pack="$pack" data.cache="$work/cache" data.workers=5 \
+        "${@:4}" > "$work/log/$1.log" 2>&1
+    date "+%T $1"
+}
+ask() { # name of a detector
+    python3 -m sana.evaluation --detector "$work/judges/$1/model/detector.safetensors" --pack "$pack" \
+        --cache "$work/cache" --avatars 8 --count 1200 --case-seed 21 --output "$work/judges/$1-renders"
+}
+
+python3 -c "
+from pathlib import Path
+from sana.data.stickers.sprites import load_world
+if __name__ == '__main__':
+    load_world('$pack', avatars=3000, cache=Path('$work/cache'))"
+train traits $((seconds * 6 / 10)) sticker-traits data.avatars=3000 &
+train A "$seconds" sticker-detector seed=0 data.avatars=8 &
+train B "$seconds" sticker-detector seed=1 data.avatars=8 &
+train alignment "$seconds" sticker-alignment data.avatars=1000 flow.autoencoder="$model" &
+for _ in 1 2 3 4; do wait -n; done
+ask A
+ask B
+grep -h "held-out" "$work/log/alignment.log"
