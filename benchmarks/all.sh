@@ -5,13 +5,12 @@
 #
 # Each step has its own timeout, log and folder under OUT_DIR; what was measured before a timeout is on
 # disk. OUT_DIR/ways.txt: the ways of `kernels/proven.py` that were right and faster, tried from there on.
-# TINY=--tiny runs all of it in miniature. About 14 GB of random models go to /dev/shm, or to /tmp.
+# TINY=--tiny runs all of it in miniature. MODELS: a folder, best one in memory, for 14 GB of random models.
 set -u
 : "${OUT_DIR:?}"
 total=${1:-670}
-repo=$PWD
-export PYTHONPATH=$repo/src:$repo${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-bench} OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 py=${PYTHON:-python3}
 tiny=${TINY:-}
@@ -38,11 +37,8 @@ step() {
 }
 ways() { cat "$ways_file" 2> /dev/null || true; }
 
-# Models for memory.py, cold.py and generate.py in memory where that has room for 16 GB.
-store=/tmp/sana-models
-if (($(df -k --output=avail /dev/shm 2> /dev/null | tail -1) > 16000000)); then store=/dev/shm/sana-models; fi
-cd "$repo" || exit 0
-{ df -h /dev/shm /tmp; nproc; nvidia-smi -L; } > "$OUT_DIR/machine.txt" 2>&1
+store=${MODELS:-$OUT_DIR/models}
+{ df -h .; nproc; nvidia-smi -L; } > "$OUT_DIR/machine.txt" 2>&1
 
 # (a) Kernels: which ways are right and faster. A fault on the card ends the process: then once more
 # without the way that was being tried.
@@ -81,5 +77,5 @@ step cold 45 $py benchmarks/cold.py $tiny --models "$store" --only probe
 step sweep 60 $py benchmarks/kernels.py $tiny --only sweep --seconds 50 --write "$OUT_DIR/sweep.txt"
 step flow 60 $py benchmarks/flow_step.py $tiny --seconds 50 --write "$OUT_DIR/flow.txt"
 cat "$OUT_DIR/steps.txt"
-tar czf "$OUT_DIR.tgz" -C "$OUT_DIR" . || true
+tar czf "$OUT_DIR.tgz" --exclude=./models -C "$OUT_DIR" . || true
 exit 0

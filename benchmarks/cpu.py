@@ -1,7 +1,7 @@
 """Two versions of `sana generate` on a CPU, whole processes in turn: speed and likeness.
 
-    git worktree add --detach /tmp/before 3475d0a          # the commit before the issue of speed
-    python benchmarks/cpu.py --before /tmp/before --pairs 8
+    git worktree add --detach ../before 3475d0a          # the commit before the issue of speed
+    python benchmarks/cpu.py --before ../before --pairs 8
     python benchmarks/cpu.py --before . --before-flags="--dtype float32"
 
 Each pair runs both on the same prompt and seed, the first one in odd pairs first. Said are the

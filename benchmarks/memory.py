@@ -3,7 +3,7 @@
     python benchmarks/memory.py                       # on a GPU: 1.6B at 1024 and 4096 px
     python benchmarks/memory.py --tiny                # the same at small size, on any machine
     python benchmarks/memory.py --write benchmarks/results
-    python benchmarks/memory.py --models /dev/shm/models --only 4,cold --seconds 120
+    python benchmarks/memory.py --models runs/models --only 4,cold --seconds 120
 
 Writes models of the official sizes in sana's own layout (bf16, 9 GB; the tokenizer is a small
 stand-in), then draws each case from the files in a process of its own, so that nothing of an
@@ -21,7 +21,6 @@ import datetime
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
+
+from benchmarks.commands import command  # noqa: E402
 
 GIB = 2**30
 PROMPT = "a red fox in the snow"
@@ -327,7 +328,7 @@ def page(
 
     yield f"# Memory of a picture, {datetime.date.today()}, {device}"
     yield ""
-    yield f"torch {torch.__version__}; `python {shlex.join(sys.argv)}`; random weights of the"
+    yield f"torch {torch.__version__}; `{command()}`; random weights of the"
     yield "official sizes; peaks by the allocator from loading to the picture, CUDA's own 0.5 GiB"
     yield "not counted; seconds of the first and the last picture (20 steps, at 4096 px 4 steps)."
     yield ""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,10 @@ from sana.models.dit import LinearDiT
 from sana.presets import preset
 from sana.weights.configs import write_network
 from sana.weights.keys import from_ours
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.commands import command  # noqa: E402
 
 SUBJECTS = {
     "1.6B": "sana-1600m-1024",
@@ -145,8 +148,7 @@ def page(results: list[Result], device: torch.device) -> Iterator[str]:
     import diffusers
 
     kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    command = shlex.join(["python", "benchmarks/parity.py", *sys.argv[1:]])
-    yield f"Command: `{command}`"
+    yield f"Command: `{command()}`"
     yield f"Device: {kind}; torch {torch.__version__}, diffusers {diffusers.__version__}."
     yield f"Bounds: fp32 {FP32_BOUND:.0e}, ratio {RATIO_BOUND}. Errors are relative RMS."
     if device.type == "cuda":

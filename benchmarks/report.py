@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import command
 from benchmarks.rows import Row
 
 BAD = ("failed", "disagrees", "skipped")
@@ -53,7 +53,7 @@ class Report:
             "device": self.device,
             "torch": torch.__version__,
             "peer": self.peer,
-            "command": _command(),
+            "command": command(),
             "date": str(datetime.date.today()),
             "rows": {
                 row.name: {
@@ -73,7 +73,7 @@ class Report:
         """The report in Markdown; the table comes last."""
         yield f"# Speed of a picture, {datetime.date.today()}, {self.device}"
         yield ""
-        yield f"torch {torch.__version__}; peer: {self.peer or 'none'}; `{_command()}`."
+        yield f"torch {torch.__version__}; peer: {self.peer or 'none'}; `{command()}`."
         yield "Random weights of the official sizes in bf16; milliseconds, or pictures a second"
         yield "(/s). Peer's best, floor and target are what issue 4 says of one H100."
         yield ""
@@ -152,7 +152,3 @@ def _gib(took: dict[str, Any]) -> str:
 
 def _number(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.4g}{unit}"
-
-
-def _command() -> str:
-    return shlex.join(["python", *sys.argv])

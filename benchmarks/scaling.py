@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import live_bytes  # noqa: E402
+from benchmarks.commands import command  # noqa: E402
 from benchmarks.curves import Curve, Point, crossing, plot  # noqa: E402
 from benchmarks.parity import filled, random_like, rel_rms  # noqa: E402
 from benchmarks.rigs import model_config  # noqa: E402
@@ -301,7 +301,7 @@ def page(curves: Sequence[Curve], device: str, dtype: torch.dtype) -> Iterator[s
     yield f"# Scaling, {datetime.date.today()}, {device}"
     yield ""
     yield f"torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, random weights;"
-    yield f"`{shlex.join(['python', *sys.argv])}`. Milliseconds / MiB at work."
+    yield f"`{command()}`. Milliseconds / MiB at work."
     for curve in curves:
         yield ""
         yield f"{curve.panel}: {curve.name}, against {curve.size}"

@@ -22,7 +22,7 @@ from sana.data.stickers.tiny import tiny_world
 from sana.evaluation.autoencoder import autoencoder_quality
 from sana.evaluation.detector import load as load_detector
 from sana.evaluation.report import Share, table, write_json
-from sana.evaluation.sample import Settings, drawer, rebuild, rebuild_exactly
+from sana.evaluation.sample import Settings, drawer, rebuild
 from sana.evaluation.stickers import (
     Judge,
     Result,
@@ -107,7 +107,7 @@ def _report_prompts(
 
 def _report_autoencoder(components: Components, judge: Judge, count: int, folder: Path) -> None:
     found = autoencoder_quality(
-        lambda images: rebuild_exactly(components, images),
+        lambda images: rebuild(components, images, is_exact=True),
         judge.studio,
         count=count,
         size=components.config.pixels,

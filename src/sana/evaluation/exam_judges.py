@@ -19,7 +19,7 @@ from sana.evaluation.exam_drawing import read_all
 from sana.evaluation.plan import SEED
 from sana.evaluation.record import Score
 from sana.evaluation.report import Share, bootstrap
-from sana.evaluation.sample import Draw, rebuild_exactly
+from sana.evaluation.sample import Draw, rebuild
 from sana.evaluation.stickers import Judge, render_truth
 from sana.evaluation.traits import TraitCase, TraitJudge, evaluate_traits, trait_cases
 from sana.weights.load import Components
@@ -87,7 +87,8 @@ def alignment_score(
 def autoencoder_scores(components: Components, studio: Studio, count: int) -> list[Score]:
     """PSNR and SSIM of `count` held-out renders of each kind, at the model's own size."""
     size = components.config.pixels
-    found = rebuilt_values(partial(rebuild_exactly, components), studio, count=count, size=size)
+    exactly = partial(rebuild, components, is_exact=True)
+    found = rebuilt_values(exactly, studio, count=count, size=size)
     scores = []
     for place, (metric, name) in enumerate((("psnr", "PSNR dB"), ("ssim", "SSIM"))):
         values = {kind: pair[place].tolist() for kind, pair in found.items()}

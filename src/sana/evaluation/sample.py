@@ -84,22 +84,16 @@ def draw_latents(
 
 
 @torch.inference_mode()
-def rebuild(components: Components, images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in -1..1 through the autoencoder and back, as `drawer` decodes."""
+def rebuild(components: Components, images: Tensor, *, is_exact: bool = False) -> Tensor:
+    """Pictures (B, 3, H, W) in -1..1 through the autoencoder and back, as `drawer` decodes.
+
+    `is_exact` computes in fp32 on a GPU too, without TensorFloat-32.
+    """
     autoencoder = components.autoencoder
-    with mixed(images.device):
+    with exact() if is_exact else mixed(images.device):
         parts = [
             autoencoder.decode(autoencoder.encode(part)).float() for part in images.split(DECODED)
         ]
-    return torch.cat(parts).clamp(-1, 1)
-
-
-@torch.inference_mode()
-def rebuild_exactly(components: Components, images: Tensor) -> Tensor:
-    """The same in fp32, without TensorFloat-32."""
-    autoencoder = components.autoencoder
-    with exact():
-        parts = [autoencoder.decode(autoencoder.encode(part)) for part in images.split(DECODED)]
     return torch.cat(parts).clamp(-1, 1)
 
 

@@ -175,13 +175,13 @@ class Placing:
         """
         self._prepare_for(latent)
         self.enter("decode")
-        factor = self._config.autoencoder.factor
-        height, width = (side * factor for side in latent.shape[-2:])
+        height, width = self._size_of(latent)
         tile = self.plan.tile
         while True:
             try:
                 return self._decode_in(latent, tile)
             except (RuntimeError, MemoryError) as error:
+                factor = self._config.autoencoder.factor
                 smaller = _smaller(tile or (height, width), height, width, factor)
                 if smaller is None or not is_out_of_memory(error):
                     raise
@@ -200,16 +200,19 @@ class Placing:
             self._autoencoder, pixels, tile=self.plan.encode_tile or (height, width)
         )
 
-    def _prepare_for(self, latent: Tensor) -> None:
+    def _size_of(self, latent: Tensor) -> Tile:
+        """Of the picture that it is decoded to."""
         factor = self._config.autoencoder.factor
-        height, width = (side * factor for side in latent.shape[-2:])
+        return latent.shape[-2] * factor, latent.shape[-1] * factor
+
+    def _prepare_for(self, latent: Tensor) -> None:
+        height, width = self._size_of(latent)
         known = self._canvas
         if known is None or (known.height, known.width) != (height, width):
             self.prepare(Canvas(width=width, height=height))
 
     def _decode_in(self, latent: Tensor, tile: Tile | None) -> Tensor:
-        factor = self._config.autoencoder.factor
-        height, width = (side * factor for side in latent.shape[-2:])
+        height, width = self._size_of(latent)
         # A small picture becomes bytes where it is, so that a quarter of it is copied.
         place = self.device if height * width <= GRAPHED_PIXELS else torch.device("cpu")
         pixels = torch.empty((3, height, width), device=place)
@@ -224,9 +227,7 @@ class Placing:
         """Of the decoded picture: of tiles, or of one graph where there is room for it."""
         network = self._autoencoder
         if not self.decode_graphs.is_on or tile is not None:
-            factor = self._config.autoencoder.factor
-            whole = (latent.shape[-2] * factor, latent.shape[-1] * factor)
-            return decode_bands(network, latent, tile=tile or whole)
+            return decode_bands(network, latent, tile=tile or self._size_of(latent))
 
         def decode(latent: Tensor, _time: tuple[()]) -> Tensor:
             return network.decode(latent)

@@ -361,11 +361,9 @@ def _make_tiny(config: ModelConfig, at: Where) -> Components:
         dit, autoencoder = LinearDiT(config.dit), DCAE(config.autoencoder)
         text = MiniLM(config.text, small_tokenizer(config.text.vocabulary))
         controlnet = ControlNet(config.controlnet) if config.controlnet else None
-        for network in (dit, autoencoder, controlnet):
-            if network is not None:
-                _open_zeros(network)
         for network, dtype in ((dit, at.dit), (autoencoder, at.autoencoder), (controlnet, at.dit)):
             if network is not None:
+                _open_zeros(network)
                 _place(network, at.device, dtype)
     return Components(
         config=config,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sana.data.stickers.compose import Composer
+from sana.data.stickers.landscapes import send
 from sana.data.stickers.render import Renderer, SceneTensors
 from sana.data.stickers.scene import Kind, Scene
 from sana.data.stickers.world import World
@@ -99,9 +100,8 @@ def random_crops(images: Tensor, count: int, side: int, generator: torch.Generat
     """
     room = images.shape[-1] - side
     corners = torch.randint(0, room + 1, (2, count, 1), generator=generator)
-    if images.is_cuda:  # A copy from pageable memory would wait for the whole stream.
-        corners = corners.pin_memory().to(images.device, non_blocking=True)
-    places = torch.arange(side, device=images.device) + corners  # (2, count, side)
+    # (2, count, side)
+    places = torch.arange(side, device=images.device) + send(corners, images.device)
     chosen = torch.arange(count, device=images.device)[:, None, None] % len(images)
     pixels = images.permute(0, 2, 3, 1)
     return pixels[chosen, places[0][:, :, None], places[1][:, None, :]].permute(0, 3, 1, 2)
