@@ -390,16 +390,16 @@ def test_windows_are_spread_with_bias_and_shortcut(dim: int, out: int) -> None:
     assert_detects(check, x.roll(1, dims=1))
 
 
-@pytest.mark.parametrize(("size", "width"), [(5, 3), (3, 35)])
-def test_a_scale_is_filtered_and_mixed_in_one_pass(size: int, width: int) -> None:
+@pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 35)])
+def test_a_scale_is_filtered_and_mixed_beside_its_map(height: int, width: int) -> None:
     pytest.importorskip("triton", reason="triton is made for Linux only")
-    x = draw(2, 32, 2, width)
-    taps, product = draw(32, 1, size, size, seed=1), draw(32, 16, 1, 1, seed=2)
-    filtered = F.conv2d(x, taps, padding=size // 2, groups=32)
+    x = draw(2, 32, height, width)
+    taps, product = draw(32, 1, 5, 5, seed=1), draw(32, 16, 1, 1, seed=2)
+    filtered = F.conv2d(x, taps, padding=2, groups=32)
     expected = F.conv2d(filtered, product, groups=2).float()
 
     def check(product: Tensor) -> None:
-        wide = torch.zeros(2, 2, width, 70)
+        wide = torch.zeros(2, height, width, 70)
         wide[..., :32] = x.permute(0, 2, 3, 1)
         with ops.force("triton"), torch.inference_mode():
             assert ops.aggregate_(wide, taps.float(), product.float(), 35)
@@ -409,3 +409,5 @@ def test_a_scale_is_filtered_and_mixed_in_one_pass(size: int, width: int) -> Non
 
     check(product)
     assert_detects(check, product.flip(0))
+    x = x.flip(2)
+    assert_detects(check, product)

@@ -53,7 +53,7 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "tanh_silu": H200,
         # DC-AE: nearest and 3x3 as a 2x2 convolution to four times the channels, then `spread`.
         "windows": H200,
-        # DC-AE: a scale's 5x5 and its groups' product in one pass; slower in a graph on an H200.
+        # DC-AE: a scale's 5x5 by our kernel, and its groups' product written where it stays.
         "aggregate": None,
         # Linear attention's products in bf16, with the summed state in two parts.
         "split_attention": H200,
