@@ -249,7 +249,7 @@ def write_models(
     from sana.config import GemmaConfig, to_json
     from sana.models.dcae import DCAE
     from sana.models.dit import LinearDiT
-    from sana.models.gemma import GemmaDecoder
+    from sana.models.gemma_decoder import GemmaDecoder
     from sana.presets import preset
 
     gemma = TINY if is_tiny else GemmaConfig()

@@ -15,7 +15,8 @@ from gemmas import TINY, gemma_tokenizer, tiny_gemma
 from numerics import assert_detects, assert_matches
 from sana.config import Reference
 from sana.errors import CheckpointError
-from sana.models.gemma import Gemma2, GemmaDecoder, gemma_config
+from sana.models.gemma import Gemma2, gemma_config
+from sana.models.gemma_decoder import GemmaDecoder
 from sana.models.instruction import INSTRUCTIONS
 from sana.models.text import small_tokenizer
 

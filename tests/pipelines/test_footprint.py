@@ -18,7 +18,7 @@ from sana.models.bert import Bert
 from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE, Up
 from sana.models.dit import LinearDiT
-from sana.models.gemma import GemmaDecoder
+from sana.models.gemma_decoder import GemmaDecoder
 from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
 from sana.presets import AUTOENCODERS, PRESETS, preset

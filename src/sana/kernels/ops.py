@@ -241,6 +241,40 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return reference.gated(x)
 
 
+def sandwich_norm(
+    x: Tensor, branch: Tensor | None, after: Tensor | None, before: Tensor | None, *, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """Gemma-2's norms around the residual; see `reference.sandwich_norm`."""
+    others = [part for part in (branch, after, before) if part is not None]
+    if allows("gemma_norm") and is_inference(x, *others) and uses_triton(x):
+        from sana.kernels import gemma
+
+        if gemma.supports(x, *others):
+            total, normed = gemma.sandwich_norm(x, branch, after, before, eps)
+            return (x if branch is None else total), (None if before is None else normed)
+    return reference.sandwich_norm(x, branch, after, before, eps=eps)
+
+
+def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up of (B, T, F); see `reference.gelu_gate`."""
+    if allows("gemma_gate") and is_inference(gate, up) and uses_triton(gate):
+        from sana.kernels import gemma
+
+        if gemma.supports(gate, up):
+            out: Tensor = gemma.gelu_gate(gate, up)
+            return out
+    return reference.gelu_gate(gate, up)
+
+
+def knows_prompt_attention(x: Tensor, head_dim: int, cap: float) -> bool:
+    """Whether `gemma.prompt_attention` may be called for x (B, T, C), such heads and a soft cap."""
+    if not (allows("gemma_attention") and is_inference(x) and uses_triton(x)):
+        return False
+    from sana.kernels import gemma
+
+    return bool(gemma.takes(x, head_dim, cap))
+
+
 def is_inference(*tensors: Tensor) -> bool:
     """Whether no gradient can be asked of a result of these."""
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

@@ -27,6 +27,10 @@ Way: TypeAlias = Literal[
     "windows",
     "aggregate",
     "split_attention",
+    "gemma_norm",
+    "gemma_attention",
+    "gemma_gate",
+    "gemma_joined",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -57,6 +61,12 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "aggregate": None,
         # Linear attention's products in bf16, with the summed state in two parts.
         "split_attention": H200,
+        # Gemma-2: norm, sum and next norm; rotary, capped attention; gelu(gate) up, each one pass.
+        "gemma_norm": None,
+        "gemma_attention": None,
+        "gemma_gate": None,
+        # Gemma-2: queries, keys and values from one product, and gate and up from another.
+        "gemma_joined": None,
     }
 )
 """Each way with the report that proves it, or None."""

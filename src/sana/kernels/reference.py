@@ -1,8 +1,9 @@
 """The definition of correct for every kernel: plain PyTorch, written to be read.
 
 ReLU linear attention of Sana (eq. 2 of the paper) in O(N) and in its quadratic form, the norms and
-the modulation between the layers, and the middle of the mix-FFN. Shape letters: B batch, H heads,
-N tokens, D head width, C channels, F mix-FFN width.
+the modulation between the layers, and the middle of the mix-FFN; Gemma-2's norms, attention and
+gate. Shape letters: B batch, H heads, N or T tokens, D head width, C channels, F mix-FFN width; in
+attention K key heads, G = H / K, S tokens that are looked at.
 
 Precision: sums over tokens run in fp32 (fp64 for fp64 inputs) whatever autocast says, because the
 denominator is a sum of N non-negative terms and bf16 loses its small ones; so do those of RMSNorm.
@@ -106,6 +107,59 @@ def gated(x: Tensor) -> Tensor:
     """(..., 2F) -> (..., F): the first half times the SiLU of the second."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.silu(gate)
+
+
+def sandwich_norm(
+    x: Tensor, branch: Tensor | None, after: Tensor | None, before: Tensor | None, *, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """Gemma-2's total = x + N(branch; after), or x, and N(total; before) if there is `before`.
+
+    N is `whole_norm`; x and branch (B, T, C), weights (C,). Each result is rounded to x's dtype.
+    """
+    if branch is not None:
+        assert after is not None, "a branch comes with its norm's weight"
+        x = x + whole_norm(branch, after, eps=eps)
+    return x, None if before is None else whole_norm(x, before, eps=eps)
+
+
+def whole_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm with the factor 1 + weight, all of it in fp32 or wider, rounded once."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(kind)
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * (1 + weight.to(kind))).to(x.dtype)
+
+
+def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, GELU by tanh."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions: channel i of x (..., T, D) turns with channel i + D / 2.
+
+    `turns` are cosine and sine (T, D).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * turns[0] + torch.cat([-second, first], dim=-1) * turns[1]
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, *, scale: float, cap: float
+) -> Tensor:
+    """Grouped-query attention with logits cap * tanh(. / cap): (B, T, H D).
+
+    query (B, H, T, D), key and value (B, K, S, D); hidden (T, S) or (B, 1, T, S) is true where a
+    token is not seen.
+    """
+    query = torch.unflatten(query, 1, (key.shape[1], -1))  # (B, K, G, T, D)
+    logits = query @ key[:, :, None].mT
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    if cap < torch.inf:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None], -torch.inf)
+    mixed = logits.softmax(-1).to(value.dtype) @ value[:, :, None]
+    return mixed.flatten(1, 2).transpose(1, 2).flatten(2)
 
 
 def _autocast_kind(x: Tensor) -> str:

@@ -1,15 +1,13 @@
-"""Gemma-2 as a text encoder: the bare decoder, and the prompt's states after the instruction.
+"""Gemma-2 as a text encoder: a prompt's states after the instruction.
 
-The decoder follows the Gemma 2 report (arXiv 2408.00118) and family-spec section 4; its state dict
-has the names of transformers' Gemma2Model. `Gemma2` puts the instruction before a prompt and keeps
-the states of the first token and of those behind the instruction. Attention is causal, so the
-instruction's keys and values are the same for every prompt: they are computed once. Nothing is
-padded, except where NVIDIA's convention reads padding.
+`Gemma2` puts the instruction before a prompt and keeps the states of the first token and of those
+behind the instruction. Attention is causal, so the instruction's keys and values are the same for
+every prompt: they are computed once. Nothing is padded, except where NVIDIA's convention reads
+padding. The network is `gemma_decoder`'s.
 
-Shape letters: B prompts, P tokens before, T tokens, W width, H query heads, K key heads, G = H / K,
-D head width.
-Precision: norms and softmax in fp32, all else in the weights' dtype. In fp16 the states overflow,
-so it is refused, and autocast is switched off.
+Shape letters: B prompts, P tokens before, T tokens, W width, K key heads, D head width.
+Precision: that of the network; in fp16 the states overflow, so it is refused, and autocast is
+switched off.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sana.config import GemmaConfig, Reference
 from sana.errors import CheckpointError
+from sana.models.gemma_decoder import GemmaDecoder, Memory, adjoin, joins
 from sana.models.instruction import INSTRUCTIONS
-from sana.models.layers import split_heads
 from sana.models.text import PromptTokenizer, TextStates
 
 logger = logging.getLogger(__name__)
@@ -37,8 +35,6 @@ PADDING = 0
 """Gemma's token number of <pad>."""
 BLOCK = 64
 """With a `Replay`, tokens are padded to multiples of so many, so that prompts share its shapes."""
-Memory: TypeAlias = list[tuple[Tensor, Tensor]]
-"""Keys and values [B, K, P, D] of each layer."""
 Replay: TypeAlias = Callable[..., Tensor]
 """(function, owner of its weights, *inputs) -> its result, perhaps from a graph of the call."""
 
@@ -170,7 +166,7 @@ class Gemma2(nn.Module):
         kept = self._prefix
         if kept is None or (kept.first.device, kept.first.dtype) != (weight.device, weight.dtype):
             ids = self.tokenizer.numbers(self.instruction)[:-1]
-            states, memory = self._run(torch.tensor([ids]))
+            states, memory = self._run(torch.tensor([ids]), keeps=True)
             kept = _Prefix(ids=ids, first=states[0, :1].clone(), memory=memory)
             self._prefix = kept
         return kept
@@ -193,8 +189,14 @@ class Gemma2(nn.Module):
         return self._run(ids, marks if isinstance(marks, Tensor) else None, list(memory) or None)[0]
 
     def _run(
-        self, ids: Tensor, mask: Tensor | None = None, memory: Memory | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        memory: Memory | None = None,
+        *,
+        keeps: bool = False,
     ) -> tuple[Tensor, Memory]:
+        """States, and with `keeps` the memory of all tokens for those that follow."""
         weight = self.model.embed_tokens.weight
         if weight.dtype == torch.float16:
             raise CheckpointError(
@@ -203,130 +205,11 @@ class Gemma2(nn.Module):
             )
         with torch.autocast(weight.device.type, enabled=False):
             mask = None if mask is None else mask.to(weight.device)
-            result: tuple[Tensor, Memory] = self.model(ids.to(weight.device), mask, memory)
+            if joins(weight):
+                adjoin(self.model)
+            result: tuple[Tensor, Memory]
+            result = self.model(ids.to(weight.device), mask, memory, keeps=keeps)
         return result
-
-
-class GemmaDecoder(nn.Module):
-    """Token numbers to last normed states; no head."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.layers))
-        self.norm = GemmaNorm(config)
-
-    def forward(
-        self, ids: Tensor, mask: Tensor | None = None, memory: Memory | None = None
-    ) -> tuple[Tensor, Memory]:
-        """ids [B, T] -> states [B, T, W], and `memory` [B, K, P + T, D] for tokens that follow.
-
-        mask [B, T], true for real tokens, is only taken without a memory; None means all are real.
-        """
-        before = 0 if memory is None else memory[0][0].shape[2]
-        length = before + ids.shape[1]
-        assert length <= self.config.window, "longer than the sliding window of every other layer"
-        assert mask is None or memory is None
-        x = self.embed_tokens(ids)
-        # Rounded to the dtype, as in the original; from the host a copy would wait for the device.
-        x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype).item()
-        turns = _turns(self.config, before, length, x)
-        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[before:]
-        hidden = ~(seen if mask is None else seen & mask[:, None, None, :].bool())
-        following: Memory = []
-        for index, layer in enumerate(self.layers):
-            x, kept = layer(x, turns, hidden, None if memory is None else memory[index])
-            following.append(kept)
-        return self.norm(x), following
-
-
-class GemmaLayer(nn.Module):
-    """Attention and gated MLP, each with a norm before and after."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.self_attn = GemmaAttention(config)
-        self.mlp = GemmaMLP(config)
-        self.input_layernorm = GemmaNorm(config)
-        self.post_attention_layernorm = GemmaNorm(config)
-        self.pre_feedforward_layernorm = GemmaNorm(config)
-        self.post_feedforward_layernorm = GemmaNorm(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        turns: tuple[Tensor, Tensor],
-        hidden: Tensor,
-        memory: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        mixed, kept = self.self_attn(self.input_layernorm(x), turns, hidden, memory)
-        x = x + self.post_attention_layernorm(mixed)
-        branch = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(branch), kept
-
-
-class GemmaAttention(nn.Module):
-    """Grouped-query attention with rotary positions and a soft cap on its logits."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.config = config
-        query, key = config.heads * config.head_dim, config.key_heads * config.head_dim
-        self.q_proj = nn.Linear(config.width, query, bias=False)
-        self.k_proj = nn.Linear(config.width, key, bias=False)
-        self.v_proj = nn.Linear(config.width, key, bias=False)
-        self.o_proj = nn.Linear(query, config.width, bias=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        turns: tuple[Tensor, Tensor],
-        hidden: Tensor,
-        memory: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        config = self.config
-        query = _turned(split_heads(self.q_proj(x), config.head_dim), turns)
-        key = _turned(split_heads(self.k_proj(x), config.head_dim), turns)
-        value = split_heads(self.v_proj(x), config.head_dim)
-        if memory is not None:
-            key = torch.cat([memory[0], key], dim=2)
-            value = torch.cat([memory[1], value], dim=2)
-        query = torch.unflatten(query, 1, (config.key_heads, -1))  # (B, K, G, T, D)
-        logits = (query @ key[:, :, None].mT).float() * config.query_scale**-0.5
-        logits = config.soft_cap * torch.tanh(logits / config.soft_cap)
-        logits = logits.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None], -torch.inf)
-        mixed = logits.softmax(-1).to(value.dtype) @ value[:, :, None]
-        return self.o_proj(mixed.flatten(1, 2).transpose(1, 2).flatten(2)), (key, value)
-
-
-class GemmaMLP(nn.Module):
-    """down(gelu(gate) * up), GELU by tanh."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")
-        projected: Tensor = self.down_proj(gate * self.up_proj(x))
-        return projected
-
-
-class GemmaNorm(nn.Module):
-    """RMSNorm with the factor 1 + weight, all of it in fp32."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.zeros(config.width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * (1 + self.weight.float())).to(x.dtype)
 
 
 def gemma_config(data: Mapping[str, Any], source: str) -> GemmaConfig:
@@ -380,21 +263,6 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _turns(config: GemmaConfig, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, D] for positions start to end, computed in fp32."""
-    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=like.device)
-    places = torch.arange(start, end, dtype=torch.float32, device=like.device)
-    angles = places[:, None] / config.rope_theta ** (even / config.head_dim)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions: channel i turns with channel i + D / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * turns[0] + torch.cat([-second, first], dim=-1) * turns[1]
 
 
 def _padded(rows: Sequence[Tensor]) -> TextStates:
