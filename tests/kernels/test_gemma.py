@@ -14,6 +14,8 @@ from sana.kernels import ops, reference
 from sana.kernels.proven import Way
 from sana.models.gemma import Gemma2
 from sana.models.gemma_decoder import GemmaDecoder, Memory, adjoin, adjoined
+from sana.pipelines.memory import MemoryPlan
+from sana.pipelines.offload import Offload
 
 kernels = pytest.importorskip("sana.kernels.gemma", reason="triton is made for Linux only")
 
@@ -232,6 +234,22 @@ def test_a_memory_is_kept_only_when_it_is_asked_for() -> None:
             assert_matches(whole[:, 7:], decoder(ids[:, 7:], None, memory, keeps=False)[0], 3e-6)
 
     assert_detects(check, [(key.roll(1, 2), value) for key, value in first])
+
+
+def test_streaming_layers_are_the_same_bits() -> None:
+    """Then a layer's last norm and the next one's first are apart, and weights come together."""
+    gemma = made()
+    expected = states(gemma, WAYS)
+    streaming = made().cpu()
+    stage = Offload({"text": streaming}, torch.device(DEVICE))
+    stage.follow(MemoryPlan(text="streams"))
+    stage.enter("text")
+    with torch.inference_mode():
+        got = states(streaming, WAYS)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    stage.rest()
+    first = [linear.weight for linear in streaming.model.layers[0].mlp.together]
+    assert all(weight.device.type == "cpu" for weight in first)
 
 
 def test_weights_side_by_side_are_one_and_moving_parts_them() -> None:

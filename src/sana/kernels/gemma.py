@@ -148,9 +148,9 @@ def _attend(
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (h < HALF)[None, :]
-    at = q_ptr + batch * qB + t[:, None] * qT + head * D + h[None, :]
+    q_at = q_ptr + batch * qB + t[:, None] * qT + head * D + h[None, :]
     turn = t[:, None] * cT + h[None, :]
-    q_first, q_second = _turned(at, cosine_ptr + turn, sine_ptr + turn, inside, HALF)
+    q_first, q_second = _turned(q_at, cosine_ptr + turn, sine_ptr + turn, inside, HALF)
     largest = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -164,12 +164,12 @@ def _attend(
     end = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, T)
     for start in range(0, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        at = k_ptr + n[:, None] * kT + h[None, :]
-        turn = n[:, None] * cT + h[None, :]
-        inside = (n < T)[:, None] & (h < HALF)[None, :]
-        first, second = _turned(at, cosine_ptr + turn, sine_ptr + turn, inside, HALF)
-        at = v_ptr + n[:, None] * vT + d[None, :]
-        v = tl.load(at, mask=(n < T)[:, None] & (d < D)[None, :], other=0.0)
+        k_at = k_ptr + n[:, None] * kT + h[None, :]
+        k_turn = n[:, None] * cT + h[None, :]
+        there = (n < T)[:, None] & (h < HALF)[None, :]
+        first, second = _turned(k_at, cosine_ptr + k_turn, sine_ptr + k_turn, there, HALF)
+        v_at = v_ptr + n[:, None] * vT + d[None, :]
+        v = tl.load(v_at, mask=(n < T)[:, None] & (d < D)[None, :], other=0.0)
         scores = _logits(q_first, q_second, first, second, scale, cap, HAS_CAP)
         is_seen = (n[None, :] <= t[:, None]) & (n < T)[None, :]
         if HAS_MASK:
@@ -177,9 +177,9 @@ def _attend(
             is_seen = is_seen & is_real[None, :]
         scores = tl.where(is_seen, scores, -1e30)
         largest, total, mixed = _mix(scores, v, largest, total, mixed)
-    at = out_ptr + ((batch * T + t[:, None]) * H + head) * D + d[None, :]
+    out_at = out_ptr + ((batch * T + t[:, None]) * H + head) * D + d[None, :]
     out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(at, out, mask=(t < T)[:, None] & (d < D)[None, :])
+    tl.store(out_at, out, mask=(t < T)[:, None] & (d < D)[None, :])
 
 
 @op("gemma_norm")

@@ -215,7 +215,8 @@ def adjoin(decoder: GemmaDecoder) -> None:
         if not isinstance(module, GemmaAttention | GemmaMLP):
             continue
         weights = [linear.weight for linear in module.together]
-        if any(weight.device != home.device for weight in weights) or adjoined(weights) is not None:
+        is_fixed = any(w.device != home.device or w.is_inference() for w in weights)
+        if is_fixed or adjoined(weights) is not None:
             continue
         with torch.inference_mode(False), torch.no_grad():
             whole = torch.cat([weight.data for weight in weights])
