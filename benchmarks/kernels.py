@@ -129,8 +129,8 @@ class Bench:
         return ["", f"{name}, torch {torch.__version__}, ms", *table(self.rows)]
 
     def is_left_out(self, way: Way) -> bool:
-        """Whether it is proven or not wanted; notes that it is being tried otherwise."""
-        if ops.allows(way) or way in self.options.without.split(","):
+        """Whether it is proven, kept or not wanted; notes that it is being tried otherwise."""
+        if ops.allows(way) or way in self.kept or way in self.options.without.split(","):
             return True
         if self.options.ways:
             Path(f"{self.options.ways}.trying").write_text(way)
