@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from sana.reproduction import rows, samplers
 from sana.reproduction.captions import SCORES, choose, shares
 from sana.reproduction.rows import ROWS, as_table, find, run
 from sana.reproduction.samplers import Setting, measure, relative_errors
-from sana.reproduction.training import Bench, Variant
+from sana.reproduction.training import Bench, Variant, run_flow
 from sana.training import losses
 from sana.weights.load import load
 from tests.numerics import assert_detects, assert_matches
@@ -158,3 +159,46 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.Mon
     assert results["no norm"] == [{"diverged": 1.0}] * 2
     assert results["norm, scale 1"] == [{"velocity error": 1.0}] * 2
     assert "| no norm" in as_table(results) and any("not finite" in line for line in lines)
+
+
+def test_variants_share_one_pool(tmp_path: Path) -> None:
+    pooled = replace(
+        bench(tmp_path),
+        settings=(*SMALL, "steps=2", "data.reuse=2", "data.ring=8", "data.batch=2"),
+        pools={},
+    )
+    for seed in (0, 1):
+        for variant in ROWS["attention"].variants[:2]:
+            assert math.isfinite(run_flow(pooled, variant, seed)["velocity error"])
+    assert len(pooled.pools) == 2, "one for each seed"
+    first, second = (ring.store for ring in pooled.pools.values())
+    assert first is not None and second is not None
+    assert first.latents.isfinite().all() and not torch.equal(first.latents, second.latents)
+    with pytest.raises(AssertionError):
+        assert torch.equal(first.latents[0], first.latents[-1]), "the pool holds one picture only"
+
+
+def test_rows_share_runs_go_on_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, int]] = []
+
+    def measured(bench: Bench, variant: Variant, seed: int) -> dict[str, float]:
+        done.append((variant.name, seed))
+        return {"velocity error": float(seed)}
+
+    monkeypatch.setattr(rows, "run_flow", measured)
+    names = ("attention", "positions")
+    benches = {name: replace(bench(tmp_path), folder=tmp_path / name) for name in names}
+    rows.run_rows(benches, range(2), print, (0, 2))
+    assert len(done) == 5, "half of five runs by two seeds; two are the same in both rows"
+    rows.run_rows(benches, range(2), print, (1, 2))
+    assert len(done) == len(set(done)) == 10
+    assert [seed for _, seed in done[:3]] == [0, 0, 0]
+    rows.run_rows(benches, range(2), print)
+    assert len(done) == 10, "what is on disk is not run again"
+    for name in names:
+        found = json.loads((tmp_path / name / f"{name}.json").read_text())["results"]
+        assert all([one["velocity error"] for one in e] == [0, 1] for e in found.values())
+    other = {name: replace(b, settings=(*b.settings, "steps=9")) for name, b in benches.items()}
+    rows.run_rows(other, range(1), print)
+    assert len(done) == 15, "other settings are other results"
+    assert main(["reproduce", "attention", "--pack", "tiny", "--part", "2/2"]) == 2

@@ -7,10 +7,12 @@ a Markdown table. Which of them hold is in docs/reproduction.md. Start reading a
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean, stdev
 from types import MappingProxyType
 
@@ -26,6 +28,8 @@ from sana.weights.load import load
 Results = dict[str, list[dict[str, float]]]
 """For each variant, what was measured: one entry a seed, or a picture where nothing is trained."""
 Report = Callable[[str], None]
+SEEDS = 64
+"""Seeds from 0 that a record looks for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,35 +114,113 @@ def find(name: str) -> Row:
 
 def run(name: str, bench: Bench, seeds: Sequence[int], report: Report) -> Results:
     """Carry out a row and leave its record after every part; see `write`."""
-    row = find(name)
+    find(name)
     if name in ("solver", "shift"):
         return _run_samplers(name, bench, seeds, report)
-    parts: dict[str, Callable[[int], dict[str, float]]] = {
-        variant.name: partial(run_flow, bench, variant) for variant in row.variants
-    }
-    if name == "shortcuts":
-        parts = {
-            "with shortcuts": partial(run_autoencoder, bench, True),
-            "without shortcuts": partial(run_autoencoder, bench, False),
-        }
-    results: Results = {part: [] for part in parts}
-    # Seeds outside, so that a run that is cut off has compared every variant once.
+    run_rows({name: bench}, seeds, report)
+    return gather(name, bench)
+
+
+def run_rows(
+    benches: Mapping[str, Bench],
+    seeds: Sequence[int],
+    report: Report,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Carry out the rows that train, each on its bench; `part` (i, n) takes every n-th run from i.
+
+    Seeds are outside, so that a run that is cut off has compared every variant of every row once.
+    What is on disk with the same settings is not run again, and what two rows share is run once.
+    """
+    work: dict[tuple[object, ...], list[tuple[str, str]]] = {}
+    runs: dict[tuple[object, ...], Callable[[Bench], dict[str, float]]] = {}
     for seed in seeds:
-        for part, measure in parts.items():
-            found = _measured(measure, seed, report)
-            results[part].append(found)
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
-            report(f"{part}, seed {seed}: {shown}")
-            write(name, results, bench)
+        for name in benches:
+            for label, key, measure in _parts(name):
+                work.setdefault((seed, key), []).append((name, label))
+                runs[seed, key] = partial(_measured, measure, seed, report)
+    for number, (task, places) in enumerate(work.items()):
+        if number % part[1] != part[0]:
+            continue
+        seed = int(str(task[0]))
+        missing = [(n, la) for n, la in places if _kept(benches[n], la, seed) is None]
+        if not missing:
+            continue
+        known = [_kept(benches[n], la, seed) for n, la in places]
+        found = next((one for one in known if one is not None), None)
+        found = found or runs[task](benches[missing[0][0]])
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+        for name, label in missing:
+            bench = benches[name]
+            entry = {"label": label, "seed": seed, "results": found, **_conditions(bench)}
+            write_json(_place(bench, label, seed), entry)
+            report(f"{name}: {label}, seed {seed}: {shown}")
+            write(name, gather(name, bench), bench)
+
+
+def _parts(name: str) -> list[tuple[str, object, Callable[[Bench, int], dict[str, float]]]]:
+    """A row's runs: label, what is equal where two rows run the same, and how to run it."""
+    if name == "shortcuts":
+        return [
+            (f"{word} shortcuts", (name, has), partial(_autoencoder, has))
+            for word, has in (("with", True), ("without", False))
+        ]
+    return [
+        (one.name, (one.change, one.settings, one.temperature, one.steps), partial(_flow, one))
+        for one in find(name).variants
+    ]
+
+
+def _flow(variant: Variant, bench: Bench, seed: int) -> dict[str, float]:
+    return run_flow(bench, variant, seed)
+
+
+def _autoencoder(has_shortcuts: bool, bench: Bench, seed: int) -> dict[str, float]:
+    return run_autoencoder(bench, has_shortcuts, seed)
+
+
+def _conditions(bench: Bench) -> dict[str, object]:
+    """What a kept result must agree in."""
+    return {
+        "settings": list(bench.settings),
+        "data": bench.world.version,
+        "judged": bool(bench.detector),
+        "prompts": bench.prompts,
+        "measured": bench.measured,
+    }
+
+
+def _place(bench: Bench, label: str, seed: int) -> Path:
+    return bench.folder / "runs" / f"{label.replace(', ', '-').replace(' ', '_')}-{seed}.json"
+
+
+def _kept(bench: Bench, label: str, seed: int) -> dict[str, float] | None:
+    """The result that is on disk, if it was made under the same conditions."""
+    path = _place(bench, label, seed)
+    if not path.exists():
+        return None
+    entry = json.loads(path.read_text(encoding="utf-8"))
+    if any(entry.get(key) != value for key, value in _conditions(bench).items()):
+        return None
+    results: dict[str, float] = entry["results"]
+    return results
+
+
+def gather(name: str, bench: Bench) -> Results:
+    """All results of a row that are on disk, by whichever process, seeds in order."""
+    results: Results = {}
+    for label, _, _ in _parts(name):
+        kept = (_kept(bench, label, seed) for seed in range(SEEDS))
+        results[label] = [one for one in kept if one is not None]
     return results
 
 
 def _measured(
-    measure: Callable[[int], dict[str, float]], seed: int, report: Report
+    measure: Callable[[Bench, int], dict[str, float]], seed: int, report: Report, bench: Bench
 ) -> dict[str, float]:
     """What a run gave; one whose gradients were no longer finite is a result as well."""
     try:
-        return measure(seed)
+        return measure(bench, seed)
     except TrainingError as error:
         report(str(error))
         return {"diverged": 1.0}

@@ -7,12 +7,12 @@ follow, by kind. Of an autoencoder: PSNR and SSIM on held-out pictures. Start re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from sana.config import DCAEConfig, ModelConfig
 from sana.data.stickers.prompts import held_out_prompts
@@ -29,11 +29,11 @@ from sana.reproduction.captions import CaptionStream
 from sana.reproduction.variants import Change, without_shortcuts
 from sana.training import losses
 from sana.training.config import TrainConfig
-from sana.training.loop import train
+from sana.training.loop import busy_workers, train
 from sana.training.recipes import plan
 from sana.training.run import find_frozen
 from sana.training.tasks.autoencoder import AutoencoderTask
-from sana.training.tasks.flow import FlowTask
+from sana.training.tasks.flow import FlowBatch, FlowTask, Ring
 
 WIDTH, DEPTH = 256, 8
 """Of the transformers; 256 px give 64 tokens."""
@@ -56,6 +56,8 @@ class Bench:
     measured: int = 256
     """Held-out scenes that the error is measured on."""
     model: str = "sticker-512"
+    pools: dict[tuple[object, ...], Ring] = field(default_factory=dict)
+    """What is trained on, by seed and temperature: made once, then drawn from by all variants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +72,58 @@ class Variant:
     """Sampling steps at which the detector judges."""
 
 
-class CaptionTask(FlowTask):
+class Nothing(Dataset[None]):
+    """Items of a task that has its data already."""
+
+    def __getitem__(self, index: int) -> None:
+        return None
+
+
+class PoolTask(FlowTask):
+    """Flow training on `data.ring` latents that were made before the run; without a ring, afresh.
+
+    Every batch is chosen by the run's seed and the step, so that all variants see the same.
+    """
+
+    pooled = False
+
+    def fill(self, pools: dict[tuple[object, ...], Ring], key: tuple[object, ...]) -> None:
+        """Take the ring of this key, or make it; nothing where the task has no ring."""
+        if self.ring is None:
+            return
+        data, fresh = self.config.data, self._fresh()
+        if key not in pools:
+            ring = Ring(max(fresh, data.ring), self.ring.batch)
+            loader: DataLoader[CaptionedScenes] = DataLoader(
+                self.scenes(),
+                batch_size=None,
+                sampler=range(0, ring.size // fresh * data.chunk, data.chunk),
+                num_workers=busy_workers(data.workers, 1),
+            )
+            for number, item in enumerate(loader):
+                made = self.encode(item)
+                ring.put(FlowBatch(made.latents, made.states, made.mask), number)
+            pools[key] = ring
+        self.ring, self.pooled = pools[key], True
+
+    def scenes(self) -> Dataset[CaptionedScenes]:
+        """The stream that the pool is made of."""
+        return super().dataset()
+
+    def dataset(self) -> Dataset[CaptionedScenes] | Nothing:
+        return Nothing() if self.pooled else self.scenes()
+
+    def warm_up(self, micro: int) -> int:
+        return 0 if self.pooled else super().warm_up(micro)
+
+
+class CaptionTask(PoolTask):
     """Flow training on captions drawn at `temperature`."""
 
     temperature = 0.0
 
-    def dataset(self) -> Dataset[CaptionedScenes]:
-        stream = super().dataset()
+    def scenes(self) -> Dataset[CaptionedScenes]:
+        stream = super().scenes()
         assert isinstance(stream, SceneStream)
         made = CaptionStream(
             stream.composer,
@@ -100,10 +147,12 @@ def run_flow(bench: Bench, variant: Variant, seed: int) -> dict[str, float]:
     autoencoder, text = find_frozen(config.flow.autoencoder)
     assert autoencoder is not None
     model = replace(model, autoencoder=autoencoder.config)
-    kind = FlowTask if variant.temperature is None else CaptionTask
+    kind = PoolTask if variant.temperature is None else CaptionTask
     task = kind(config, model, network, (autoencoder, text), bench.studio, bench.place)
     if isinstance(task, CaptionTask):
         task.temperature = variant.temperature or 0.0
+    task.fill(bench.pools, (config.seed, variant.temperature, config.data))
+    task.config = config = replace(config, data=replace(config.data, workers=0))
     train(config, task, bench.place)
     network.eval()
     found = {"velocity error": velocity_error(task, bench.measured)}
