@@ -83,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
             draws.append(judged(case, pictures, grader, judges))
         took = time.monotonic() - began
         print(f"{len(draws)} prompts, {took:.1f} s for the last six", flush=True)
+        kept = [{"prompt": d.case.prompt, "marks": d.marks, "scores": d.scores} for d in draws]
+        write_json(Path(options.output) / "so-far.json", {"draws": kept})
         if time.monotonic() - started + 1.1 * took + RESERVE > options.seconds:
             break
     report(draws, own, options, time.monotonic() - started)
@@ -138,7 +140,7 @@ def report(draws: Sequence[Draws], own: dict[str, Share], options: Any, seconds:
     curves["the grader itself (bound)"] = curve(draws, None)
     kinds = {
         name: {
-            kind: {n: share.value for n, share in curve(part, name).items()}
+            kind: {str(n): asdict(share) for n, share in curve(part, name).items()}
             for kind in TASKS
             if (part := [d for d in draws if d.case.kind == kind])
         }
@@ -174,6 +176,10 @@ def report(draws: Sequence[Draws], own: dict[str, Share], options: Any, seconds:
     numbers = list(next(iter(curves.values())))
     rows = [[name, *(str(values[n]) for n in numbers)] for name, values in curves.items()]
     print(table(["judge", *(f"N = {n}" for n in numbers)], rows))
+    most = max(n for n in numbers if n <= 16)
+    for name, by_kind in kinds.items():
+        shown = ", ".join(f"{kind} {Share(**at[str(most)])}" for kind, at in by_kind.items())
+        print(f"{name}, N = {most}: {shown}")
     print(f"grader on renders: {own['all']}")
     for name, value in agreement.items():
         share = "no such pair" if value is None else f"{value:.3f}"

@@ -141,6 +141,6 @@ def test_flags() -> None:
     ]
     assert flags(reproduce) == [
         *("ROW", "OVERRIDES", "--seeds", "--pack", "--cache", "--detector", "--model", "-m"),
-        *("--output", "-o", "--device"),
+        *("--output", "-o", "--part", "--device"),
     ]
     assert flags(stickers) == ["--output", "-o", "--sheet"]

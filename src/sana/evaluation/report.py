@@ -85,7 +85,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write the record whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 

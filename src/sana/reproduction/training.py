@@ -153,8 +153,16 @@ def run_flow(bench: Bench, variant: Variant, seed: int) -> dict[str, float]:
         task.temperature = variant.temperature or 0.0
     task.fill(bench.pools, (config.seed, variant.temperature, config.data))
     task.config = config = replace(config, data=replace(config.data, workers=0))
+    if config.compile:
+        for block in network.blocks:
+            block.compile(dynamic=False)
     train(config, task, bench.place)
     network.eval()
+    with torch.compiler.set_stance("force_eager" if config.compile else "default"):
+        return _measured(task, bench, variant)
+
+
+def _measured(task: FlowTask, bench: Bench, variant: Variant) -> dict[str, float]:
     found = {"velocity error": velocity_error(task, bench.measured)}
     if bench.detector:
         for steps in variant.steps:
