@@ -5,7 +5,8 @@
     python benchmarks/fp8.py --step          # on such a GPU: a whole step of 1.6B in a CUDA graph
     python benchmarks/fp8.py --interpret     # the row kernel in triton's interpreter, on a CPU
 
-An experiment, not a way to draw: nothing in `sana` uses it yet. Each row of an input (a token) and
+The experiment behind `--dtype fp8`; --step draws by `sana.models.rounding.Scaled` itself, --picture
+in all blocks, which is more than that does. Each row of an input (a token) and
 each row of a weight (an output channel) has a scale of its own, its largest value over 448; the
 product of the two fp8 matrices is summed in fp32 and scaled back. `emulated` does exactly that in
 plain PyTorch, and is what the GPU's product is held against. Products of the blocks alone are in
@@ -181,28 +182,11 @@ def run_gpu() -> bool:
     return good
 
 
-class Scaled(nn.Module):
-    """A linear layer whose product is in fp8 on the GPU; the weight is scaled once."""
-
-    def __init__(self, linear: nn.Linear, kernel: RowKernel) -> None:
-        super().__init__()
-        own, scale = scaled_rows(linear.weight)
-        self.own, self.scale, self.bias = own.t(), scale.t().contiguous(), linear.bias
-        self.kernel = kernel
-        # For those who ask a layer for its dtype.
-        self.weight = linear.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale = self.kernel(x.flatten(0, -2))
-        options = {"out_dtype": x.dtype, "bias": self.bias, "use_fast_accum": True}
-        y = torch._scaled_mm(q, self.own, scale_a=scale, scale_b=self.scale, **options)
-        return y.unflatten(0, x.shape[:-1])
-
-
 def run_step() -> bool:
     """One step of 1.6B for two samples of 1024 px, and 20 by Euler: how far off, and how long."""
-    from benchmarks.kernels import Bench, Step, clock, sizes
+    from benchmarks.kernels import Bench, Step, breakdown, clock, sizes
     from sana.kernels import ops
+    from sana.models.rounding import narrow
     from sana.pipelines.graphs import Graphs, cuda_capture
 
     options = argparse.Namespace(write=None, ways=None, without="")
@@ -229,21 +213,20 @@ def run_step() -> bool:
 
     plain, before, latent = measure()
     print(f"bf16: {before:.2f} ms, velocity off fp32 by {rel_rms(exact, plain):.1e}", flush=True)
-    kernel = row_kernel()
-    for named in (BLOCK_PARTS[4:], BLOCK_PARTS):
-        for block in step.network.blocks:
-            for path in named:
-                parent, name = path.split(".")
-                owner = block.get_submodule(parent)
-                if not isinstance(owner.get_submodule(name), Scaled):
-                    setattr(owner, name, Scaled(owner.get_submodule(name), kernel))  # type: ignore[arg-type]
-        velocity, took, moved = measure()
+    narrow(step.network, FP8)
+    step.prepared = step.network.prepare(step.text, step.mask)
+    for tried in ((), ("scaled_rows",)):
+        with ops.trying(*tried):
+            velocity, took, moved = measure()
         print(
-            f"fp8 in {', '.join(named)}: {took:.2f} ms, velocity off fp32 by "
+            f"fp8, {', '.join(tried) or 'rows by torch'}: {took:.2f} ms, velocity off fp32 by "
             f"{rel_rms(exact, velocity):.1e}, latent after 20 steps off bf16's by "
             f"{rel_rms(latent, moved):.1e}; 20 steps {20 * took:.0f} ms",
             flush=True,
         )
+        if tried:
+            with ops.force("triton"), ops.trying(*tried):
+                breakdown("fp8 in a graph", step.graph)
     return True
 
 

@@ -94,6 +94,14 @@ class DiTConfig:
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
 
+    @property
+    def inner_blocks(self) -> range:
+        """Those whose products may be in fp8: not the first and the last, if there are others.
+
+        These two alone cost half of the accuracy (docs/performance.md).
+        """
+        return range(1, self.depth - 1) if self.depth > 2 else range(self.depth)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNetConfig:

@@ -62,7 +62,7 @@ def test_one_row_for_all_samples_goes_into_the_norm() -> None:
 def test_only_products_of_blocks_and_stages_are_narrow() -> None:
     network = mixed(build(PLAIN, dtype=FP32))
     narrow_ones = {name for name, value in network.named_parameters() if value.dtype == BF16}
-    assert narrow_ones == narrow_names(network)
+    assert narrow_ones == narrow_names(network, torch.bfloat16)
     first = {name for name in narrow_ones if name.startswith("blocks.0.")}
     layers = {name.rpartition(".")[0].removeprefix("blocks.0.") for name in first}
     assert layers == {

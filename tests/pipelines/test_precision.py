@@ -74,13 +74,13 @@ def test_mixed_is_for_cpus_and_also_for_those_that_gain_nothing(
     assert chosen.name == got
     assert [reason in note for note in chosen.notes] == ([] if reason is None else [True])
     if reason is None:
-        assert chosen.of(FP32) == Mixed(FP32, BF16)
+        assert chosen.dit_loads == chosen.autoencoder_loads == Mixed(FP32, BF16)
 
 
 def test_fp32_stays_fp32_on_a_cpu_with_fast_products() -> None:
     chosen = choose(OURS, "cpu", FP32, has_fast_products=True)
     assert chosen.name == "float32"
-    assert chosen.of(chosen.dit) == FP32
+    assert chosen.dit_loads == FP32
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sana.errors import RequestError
 from sana.pipelines.images import read_metadata
 from sana.pipelines.reading import digest_of
 
-Dtype: TypeAlias = Literal["float32", "mixed", "bfloat16", "float16"]
+Dtype: TypeAlias = Literal["float32", "mixed", "bfloat16", "float16", "fp8"]
 """How `--dtype` and the metadata name number formats."""
 NAMED = ("image", "mask", "control", "loras")
 

@@ -69,12 +69,13 @@ def find_devices() -> list[dict[str, Any]]:
             "free": free_memory("cpu"),
             "total": None,
             "has_bf16": True,
+            "has_fp8": False,
         }
     ]
     if torch.backends.mps.is_available():
         free = free_memory("mps")
         facts = {"name": "mps", "what": "Apple GPU", "free": free, "total": None}
-        devices.append({**facts, "has_bf16": False})
+        devices.append({**facts, "has_bf16": False, "has_fp8": False})
     for index in reversed(range(torch.cuda.device_count())):
         card = torch.cuda.get_device_properties(index)
         devices.append(
@@ -84,6 +85,7 @@ def find_devices() -> list[dict[str, Any]]:
                 "free": free_memory(f"cuda:{index}"),
                 "total": card.total_memory,
                 "has_bf16": card.major >= 8,
+                "has_fp8": (card.major, card.minor) >= (8, 9) and torch.version.hip is None,
             }
         )
     return devices
@@ -177,6 +179,7 @@ def _report(found: dict[str, Any]) -> list[str]:
         free = "unknown" if device["free"] is None else shown(device["free"])
         total = "" if device["total"] is None else f" of {shown(device['total'])}"
         dtypes = "fp32, fp16, bf16" if device["has_bf16"] else "fp32, fp16"
+        dtypes += ", fp8 (faster, coarser: where asked for)" if device["has_fp8"] else ""
         dtypes = _of_cpu() if device["name"] == "cpu" else dtypes
         lines.append(
             f"  {device['name']:7} {device['what']}; {free}{total} free; computes in {dtypes}"

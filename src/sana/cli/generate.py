@@ -64,8 +64,9 @@ class Machine:
     dtype: Annotated[
         Dtype | None,
         Parameter(
-            help="number format; mixed is float32 with products in bfloat16 [default: what suits "
-            "model and device]",
+            help="number format; mixed is float32 with products in bfloat16; fp8 is bfloat16 with "
+            "products in fp8, for newer NVIDIA GPUs: faster, and often another picture [default: "
+            "what suits model and device]",
             group=MODEL,
         ),
     ] = None
@@ -292,7 +293,9 @@ def load_pipeline(
         check_device(device)
     if place is not None and place.world > 1:
         device = str(place.device)
-    dtype = machine.dtype if machine.dtype in (None, "mixed") else getattr(torch, machine.dtype)
+    dtype = (
+        machine.dtype if machine.dtype in (None, "mixed", "fp8") else getattr(torch, machine.dtype)
+    )
     return load(
         request.model,
         device=device,

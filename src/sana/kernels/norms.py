@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana.kernels.launching import op
+from sana.kernels.rows import as_rows, empty_rows
 
 WIDEST = 16384
 """Channels of a row, which one program holds."""
@@ -27,13 +28,13 @@ PLAIN, RELU, SILU = 0, 1, 2
 
 @triton.jit
 def _residual_norm(
-    x_ptr, branch_ptr, total_ptr, normed_ptr,
+    x_ptr, branch_ptr, total_ptr, normed_ptr, row_scale_ptr,
     gate_table, gate_time, shift_table, shift_time, scale_table, scale_time,
     N, C, eps, limit, gB, sB, cB,
     HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr, IN_ROWS: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of `total` and `normed`."""
+    """One row of `total` and `normed`; IN_ROWS: `normed`, or the total without it, in fp8."""
     row = tl.program_id(0).to(tl.int64)
     batch = row // N
     c = tl.arange(0, BLOCK)
@@ -58,8 +59,14 @@ def _residual_norm(
         scale += tl.load(scale_time + batch * cB + c, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(shift_table + c, mask=inside, other=0.0).to(tl.float32)
         shift += tl.load(shift_time + batch * sB + c, mask=inside, other=0.0).to(tl.float32)
-        normed = centered * rstd * (1 + scale) + shift
-        normed = normed.to(normed_ptr.dtype.element_ty)
+        x = centered * rstd * (1 + scale) + shift
+    if IN_ROWS:
+        values, row_scale = as_rows(x, 0, NATIVE)
+        values = values.to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + row * C + c, values, mask=inside)
+        tl.store(row_scale_ptr + row, row_scale)
+    elif HAS_NORM:
+        normed = x.to(normed_ptr.dtype.element_ty)
         tl.store(normed_ptr + row * C + c, normed, mask=inside)
 
 
@@ -121,18 +128,9 @@ def residual_norm(
     (B or 1, C), to be summed. `limit` clips the branch; 0 does not.
     """
     x = x.contiguous()
-    B, N, C = x.shape
     total = torch.empty_like(x) if branch is not None else x.new_empty(0)
     normed = torch.empty_like(x) if scale else x.new_empty(0)
-    rows = [_row(pair, x) for pair in (gate, shift, scale)]
-    block = triton.next_power_of_2(C)
-    _residual_norm[(B * N,)](
-        x, x if branch is None else branch.contiguous(), total, normed,
-        *(part for row in rows for part in row), N, C, eps, limit,
-        *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in rows),
-        HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
-        HAS_NORM=bool(scale), BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
+    _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, normed, None))
     return total, normed
 
 
@@ -151,6 +149,41 @@ def _(
         whole if branch is not None else x.new_empty(0),
         x.new_empty(x.shape) if scale else x.new_empty(0),
     )
+
+
+@op("residual_norm_rows")
+def residual_norm_rows(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: list[Tensor],
+    shift: list[Tensor],
+    scale: list[Tensor],
+    eps: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `residual_norm`, but for rows in fp8 (B, N, C) and their scales (B, N, 1).
+
+    They are of the normed, or with an empty `scale` of the total, which is there as it is too.
+    """
+    x = x.contiguous()
+    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
+    values, scales = empty_rows(x)
+    _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, values, scales))
+    return total, values, scales
+
+
+@residual_norm_rows.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: list[Tensor],
+    shift: list[Tensor],
+    scale: list[Tensor],
+    eps: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty(x.shape) if branch is not None else x.new_empty(0)
+    return total, *empty_rows(x)
 
 
 @op("rms_norm")
@@ -192,6 +225,31 @@ def supports(x: Tensor, *others: Tensor | None) -> bool:
 def has_rows(x: Tensor) -> bool:
     """Whether x (B, N, C) is made of dense rows at one distance."""
     return x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _launch_residual(
+    x: Tensor,
+    branch: Tensor | None,
+    pairs: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    eps: float,
+    limit: float,
+    results: tuple[Tensor, Tensor, Tensor | None],
+) -> None:
+    """`pairs` are gate, shift and scale; `results` total, normed, and scales of rows if in fp8."""
+    B, N, C = x.shape
+    gate, _, scale = pairs
+    rows = [_row(pair, x) for pair in pairs]
+    total, normed, scales = results
+    block = triton.next_power_of_2(C)
+    _residual_norm[(B * N,)](
+        x, x if branch is None else branch.contiguous(), total, normed,
+        total if scales is None else scales,
+        *(part for row in rows for part in row), N, C, eps, limit,
+        *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in rows),
+        HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
+        HAS_NORM=bool(scale), IN_ROWS=scales is not None, NATIVE=x.is_cuda,
+        BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
 
 
 def _launch(

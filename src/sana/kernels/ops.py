@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sana.kernels import reference
 from sana.kernels.proven import REPORTS, Way
-from sana.kernels.reference import Branch, Row
+from sana.kernels.reference import Branch, Row, Rows
 
 OLDEST = 8
 """Compute capability: older GPUs lack the tf32 and bf16 products that the kernels use."""
@@ -136,6 +136,67 @@ def add_and_modulate(
         x, branch.value, [*gate], [*shift], [*scale], NORM_EPS, branch.limit or 0.0
     )
     return total, normed
+
+
+def add_and_scale(
+    x: Tensor, branch: Branch | None, modulation: tuple[Row, Row] | None
+) -> tuple[Tensor, Rows]:
+    """x (B, N, C) plus a branch; and the rows in fp8 that a product takes of it.
+
+    They are of `modulate` by (shift, scale), or of the sum itself.
+    """
+    parts = () if branch is None else (branch.value, *(branch.gate or ()))
+    pairs = modulation or ()
+    tensors = (*parts, *(part for pair in pairs for part in pair))
+    if not (allows("scaled_rows") and _fuses(x, *tensors)):
+        total = x if branch is None else add_branch(x, branch)
+        return total, scaled_rows(modulate(total, *modulation) if modulation else total)
+    from sana.kernels import norms
+
+    gate = branch.gate or () if branch is not None else ()
+    limit = branch.limit or 0.0 if branch is not None else 0.0
+    value = branch.value if branch is not None else None
+    shift, scale = ([*pair] for pair in pairs) if pairs else ([], [])
+    total, values, scales = norms.residual_norm_rows(
+        x, value, [*gate], shift, scale, NORM_EPS, limit
+    )
+    return x if branch is None else total, Rows(values, scales)
+
+
+def scaled_rows(x: Tensor) -> Rows:
+    """x (..., K) in fp8 with a scale for each row; see `reference.scaled_rows`."""
+    if allows("scaled_rows") and is_inference(x) and uses_triton(x):
+        from sana.kernels import rows
+
+        if rows.supports(x):
+            return Rows(*rows.scaled_rows(x))
+    return reference.scaled_rows(x)
+
+
+def scaled_product(
+    x: Rows,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """See `reference.scaled_product`; the result (..., N) is written into `out`, contiguous.
+
+    On GPUs that have it (capability 8.9) by torch's product for rows, whose result is bf16.
+    """
+    if _chosen["backend"] == "reference" or not out.is_cuda:
+        return out.copy_(reference.scaled_product(x, weight, scale, bias, out.dtype))
+    torch._scaled_mm(
+        x.values.flatten(0, -2),
+        weight.t(),
+        scale_a=x.scale.flatten(0, -2),
+        scale_b=scale,
+        bias=bias,
+        out_dtype=out.dtype,
+        use_fast_accum=True,
+        out=out.flatten(0, -2),
+    )
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

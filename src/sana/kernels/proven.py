@@ -31,6 +31,7 @@ Way: TypeAlias = Literal[
     "gemma_attention",
     "gemma_gate",
     "gemma_joined",
+    "scaled_rows",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -67,6 +68,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "gemma_gate": None,
         # Gemma-2: queries, keys and values from one product, and gate and up from another.
         "gemma_joined": None,
+        # fp8 alone: rows and their scales by our kernels, with the norm before them where one is.
+        "scaled_rows": None,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -11,11 +11,36 @@ denominator is a sum of N non-negative terms and bf16 loses its small ones; so d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of e4m3."""
+LEAST = 1e-12
+"""Of a row's largest value, so that a row of zeros has a scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A tensor (..., K) as fp8 (e4m3) with a scale for each of its rows, as a product takes it."""
+
+    values: Tensor
+    """(..., K) in fp8."""
+    scale: Tensor
+    """(..., 1) in fp32; values times it are the tensor."""
+
+    def __getitem__(self, samples: slice) -> Rows:
+        """Some of the first dimension."""
+        return Rows(self.values[samples], self.scale[samples])
+
+    def unflatten(self, dim: int, sizes: torch.Size) -> Rows:
+        """As a tensor's, of any dimension but the last."""
+        return Rows(self.values.unflatten(dim, sizes), self.scale.unflatten(dim, sizes))
 
 
 class Row(NamedTuple):
@@ -160,6 +185,29 @@ def capped_attention(
     logits = logits.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None], -torch.inf)
     mixed = logits.softmax(-1).to(value.dtype) @ value[:, :, None]
     return mixed.flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+def scaled_rows(x: Tensor) -> Rows:
+    """x (..., K) with each row over its largest value, times 448, rounded to fp8.
+
+    NaN and infinity make a row NaN.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = wide.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST)
+    return Rows((wide * (LARGEST / largest)).to(FP8), (largest / LARGEST).float())
+
+
+def scaled_product(
+    x: Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x (..., K) times weight (N, K) in fp8 with its scale (1, N), plus bias (N,): (..., N).
+
+    Products of fp8 are exact in fp32, where they are summed; the result is rounded once.
+    """
+    y = (x.values.flatten(0, -2).float() @ weight.float().T) * x.scale.flatten(0, -2) * scale
+    y = y if bias is None else y + bias.float()
+    whole: Tensor = y.to(dtype).unflatten(0, x.values.shape[:-1])
+    return whole
 
 
 def _autocast_kind(x: Tensor) -> str:

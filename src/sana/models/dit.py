@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sana.config import DiTConfig
 from sana.kernels import ops
-from sana.kernels.reference import Branch, Row
+from sana.kernels.reference import FP8, Branch, Row, Rows
 from sana.models.layers import (
     CrossAttention,
     GLUMBConv,
@@ -199,7 +199,8 @@ class LinearDiT(Stem):
     @property
     def products(self) -> torch.dtype:
         """What the blocks' products have their weights in."""
-        return product_dtype(self.blocks)
+        # Of one in the middle: the first and the last have no fp8.
+        return product_dtype(self.blocks[len(self.blocks) // 2])
 
     def forward(
         self,
@@ -251,9 +252,8 @@ class LinearDiT(Stem):
                 whole = residuals(index + 1, whole)
         # The output's modulation takes the embedding itself, before the SiLU.
         shift, scale = (Row(own, embedding) for own in self.table)
-        _, x = normed(whole, shift, scale)
-        x = self.output(x)
-        return self._unpatch(torch.unflatten(x, 1, grid)).to(latent.dtype)
+        tokens = self.output(normed(whole, shift, scale)[1])
+        return self._unpatch(torch.unflatten(tokens, 1, grid)).to(latent.dtype)
 
     def _unpatch(self, x: Tensor) -> Tensor:
         """(B, h, w, p p C), channel fastest -> (B, C, h p, w p)."""
@@ -308,15 +308,16 @@ class Block(nn.Module):
         products = self.feed_forward.expand.weight.dtype
         x, mixed = normed(x, shift, scale, products)
         # Branches have no names here, so that none outlives its sum.
-        x = ops.add_branch(x, self._attend(mixed, gate, perturbed))
-        crossed = Open(x, Branch(self.cross_attention(x, text, bias)))
+        x, asking = summed(x, self._attend(mixed, gate, perturbed), products)
+        crossed = Open(x, Branch(self.cross_attention(asking, text, bias)))
+        del asking
         x, mixed = normed(crossed, shift_mlp, scale_mlp, products)
         del crossed
-        branch: Tensor = self.feed_forward(torch.unflatten(mixed, 1, grid)).flatten(1, 2)
+        branch: Tensor = self.feed_forward(mixed.unflatten(1, grid)).flatten(1, 2)
         result = Open(x, Branch(branch, gate_mlp))
         return result if is_open else ops.add_branch(*result)
 
-    def _attend(self, mixed: Tensor, gate: Row, perturbed: int) -> Branch:
+    def _attend(self, mixed: Tensor | Rows, gate: Row, perturbed: int) -> Branch:
         attended = self.attention(mixed, perturbed, clips=False)
         return Branch(attended, gate, self.attention.limit(attended.dtype))
 
@@ -332,8 +333,19 @@ def lone_count(mask: Tensor) -> int:
 
 def normed(
     x: Tensor | Open, shift: Row, scale: Row, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Rows]:
     """The tokens, summed if they were open, and their norm, for products in `dtype`."""
+    if dtype == FP8:
+        whole, branch = x if isinstance(x, Open) else (x, None)
+        return ops.add_and_scale(whole, branch, (shift, scale))
     if isinstance(x, Open):
         return ops.add_and_modulate(*x, shift, scale, dtype)
     return x, ops.modulate(x, shift, scale, dtype)
+
+
+def summed(x: Tensor, branch: Branch, dtype: torch.dtype) -> tuple[Tensor, Tensor | Rows]:
+    """The tokens with their branch, and the same as a product in `dtype` takes it."""
+    if dtype == FP8:
+        return ops.add_and_scale(x, branch, None)
+    total = ops.add_branch(x, branch)
+    return total, total

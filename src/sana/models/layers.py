@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sana.config import DiTConfig
 from sana.kernels import ops
 from sana.kernels.ops import linear_attention
+from sana.kernels.reference import Rows
 from sana.models.rounding import Product
 
 SINUSOIDS = 256
@@ -83,7 +84,7 @@ class GLUMBConv(nn.Module):
         self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.project = Product(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rows) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
         assert self.depthwise.bias is not None
         mixed = ops.glu_depthwise(self.expand(x), self.depthwise.weight, self.depthwise.bias)
@@ -114,13 +115,13 @@ class LinearSelfAttention(nn.Module):
         """What a result in `dtype` is to be clipped to, if at all."""
         return HALF_MAX if self.clamps or dtype == torch.float16 else None
 
-    def forward(self, x: Tensor, perturbed: int = 0, *, clips: bool = True) -> Tensor:
+    def forward(self, x: Tensor | Rows, perturbed: int = 0, *, clips: bool = True) -> Tensor:
         """(B, N, D) -> (B, N, D); in the last `perturbed` of B each token sees itself alone.
 
         A caller that clips to `limit` itself says so.
         """
         query, key, value = self.qkv(x).chunk(3, dim=-1)
-        seeing = len(x) - perturbed
+        seeing = len(query) - perturbed
         q = split_heads(self.query_norm(query[:seeing]), self.head_dim)
         k = split_heads(self.key_norm(key[:seeing]), self.head_dim)
         v = split_heads(value[:seeing], self.head_dim)
@@ -155,7 +156,9 @@ class CrossAttention(nn.Module):
         attended: Tensor = self.output(self.key_value(text).chunk(2, dim=-1)[1])
         return attended
 
-    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor | Rows, text: Tensor | tuple[Tensor, ...], bias: Tensor | None
+    ) -> Tensor:
         """x (B, N, D), text (B, T, D) or from `prepare`, bias from `mask_bias` -> (B, N, D).
 
         With a third tensor (L, 1, D), from `prepare_lone`, the first L samples get that, and text
@@ -167,7 +170,7 @@ class CrossAttention(nn.Module):
             return attended
         return self._beside(lone[0], self._mix(x[len(lone[0]) :], k, v, bias))
 
-    def _mix(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def _mix(self, x: Tensor | Rows, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q = split_heads(self.query_norm(self.query(x)), self.head_dim)
         bias = bias if bias is None else bias.to(q.dtype)
         return ops.cross_attention(q, k, v, bias).transpose(1, 2).flatten(2)
@@ -175,12 +178,12 @@ class CrossAttention(nn.Module):
     def _beside(self, lone: Tensor, mixed: Tensor) -> Tensor:
         """`lone` for its samples, and behind them the output of mixed (B - L, N, D)."""
         count, (_, length, width) = len(lone), mixed.shape
-        weight, bias = self.output.weight, self.output.bias
-        if type(self.output) is not Product or not ops.is_inference(mixed, weight):
+        is_plain = isinstance(self.output, Product)
+        if not is_plain or not ops.is_inference(mixed, self.output.weight):
             return torch.cat([lone.expand(-1, length, -1), self.output(mixed)])
         out = mixed.new_empty((count + len(mixed), length, width))
         out[:count] = lone
-        torch.addmm(bias, mixed.flatten(0, 1), weight.mT, out=out[count:].flatten(0, 1))
+        self.output.into(mixed, out[count:])
         return out
 
 

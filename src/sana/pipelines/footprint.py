@@ -41,6 +41,8 @@ class Widths:
     dit: int = 2
     autoencoder: int = 2
     ways: frozenset[Way] = frozenset()
+    in_fp8: bool = False
+    """Whether the large products of the transformer's inner blocks have their weights in fp8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +76,18 @@ def weights(config: ModelConfig, widths: Widths) -> Weights:
     if config.controlnet is not None:
         dit += controlnet_parameters(config.controlnet)
         dit_least += controlnet_parameters(config.controlnet)
+    saved = fp8_saving(config.dit, widths.dit) if widths.in_fp8 else 0
+    scaled = len(config.dit.inner_blocks)
     layer = text_layer_parameters(config.text)
     table = config.text.vocabulary * config.text.width
     text_least = text - table - config.text.layers * layer + 2 * layer
     return Weights(
         text=text * widths.text,
-        dit=dit * widths.dit,
+        dit=dit * widths.dit - scaled * saved,
         autoencoder=autoencoder_parameters(config.autoencoder) * widths.autoencoder,
         text_streamed=text_least * widths.text,
-        dit_streamed=dit_least * widths.dit,
+        # There is room for two of the largest blocks, which have no fp8 where any has none.
+        dit_streamed=dit_least * widths.dit - (0 if scaled < config.dit.depth else 2 * saved),
     )
 
 
@@ -98,6 +103,14 @@ def block_parameters(c: DiTConfig) -> int:
     attention = 3 * dim * dim + _linear(dim, dim) + (2 * dim if c.qk_norm else 0)
     cross = 2 * _linear(dim, dim) + _linear(dim, 2 * dim) + (2 * dim if c.qk_norm else 0)
     return 6 * dim + attention + cross + _glumbconv(dim, hidden)
+
+
+def fp8_saving(c: DiTConfig, width: int) -> int:
+    """Bytes that fp8 saves in a block, against `width` bytes a value; its scales are counted."""
+    dim, hidden = c.width, c.mlp_width
+    values = 6 * dim * dim + 3 * dim * hidden
+    rows = 3 * dim + 4 * dim + 2 * hidden
+    return values * (width - 1) - 4 * rows
 
 
 def controlnet_parameters(c: ControlNetConfig) -> int:

@@ -26,6 +26,7 @@ from sana.pipelines.memory import MemoryPlan, parse
 from sana.pipelines.placing import Placing, first_device
 from sana.pipelines.precision import (
     MIXED,
+    SCALED,
     Wanted,
     announce,
     check_finite,
@@ -118,8 +119,11 @@ class Pipeline:
 
     @property
     def dtype(self) -> str:
-        """What the transformer computes in, such as float32, or mixed (fp32 and bf16 products)."""
-        return name(self._dtype) if self.components.dit.products == self._dtype else MIXED
+        """What the transformer computes in, such as float32; mixed and fp8 are its products'."""
+        products = self.components.dit.products
+        if products == self._dtype:
+            return name(self._dtype)
+        return SCALED if products.itemsize == 1 else MIXED
 
     def memory_plan(self, request: Request, images: Pictures | None = None) -> MemoryPlan:
         """What is where when, to draw `request`; prints as a sentence. Raises `RequestError`."""
@@ -159,6 +163,11 @@ class Pipeline:
         return [to_pil(pixels) for pixels in self._projection(latents)]
 
     def _plan(self, request: Request, images: Pictures | None) -> Plan:
+        if request.loras and self.dtype == SCALED:
+            raise RequestError(
+                "loras are given and dtype is fp8; an adapter adds to weights that fp8 has "
+                "rounded already: leave dtype out, or use bfloat16"
+            )
         return start.plan(
             request, self.config, read_pictures(request) if images is None else images
         )
@@ -252,10 +261,11 @@ def load(
 
     By default on CUDA where there is one, else the CPU, and in the dtypes that suit the model and
     the device; a `dtype` that would break the model is corrected with a warning. "mixed" is fp32
-    with the large products in bf16, the default on CPUs that are faster so. `memory`, in bytes or
-    such as "8GiB", is what may be taken of the device. An official model is fetched when it is
-    first used; `offline` takes it from the cache alone. `batch` is how many pictures of a request
-    are denoised at a time.
+    with the large products in bf16, the default on CPUs that are faster so; "fp8" is bf16 with the
+    transformer's large products in fp8, faster and coarser, for GPUs of compute capability 8.9 or
+    newer and a `RequestError` elsewhere. `memory`, in bytes or such as "8GiB", is what may be taken
+    of the device. An official model is fetched when it is first used; `offline` takes it from the
+    cache alone. `batch` is how many pictures of a request are denoised at a time.
     """
     from sana.weights.load import Where, find_model
     from sana.weights.load import load as load_components
@@ -268,8 +278,8 @@ def load(
         announce(precision)
         return Where(
             device=first_device(config, precision.widths, place, limit),
-            dit=precision.of(precision.dit),
-            autoencoder=precision.of(precision.autoencoder),
+            dit=precision.dit_loads,
+            autoencoder=precision.autoencoder_loads,
             text=precision.text,
         )
 

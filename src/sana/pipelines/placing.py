@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sana.kernels import ops
 from sana.kernels.proven import REPORTS, Way
+from sana.kernels.reference import FP8
 from sana.models.cutting import Tile, tilings
 from sana.models.gemma import Gemma2
 from sana.models.rounding import product_dtype
@@ -69,6 +70,7 @@ class Placing:
         self._config = components.config
         self._autoencoder = components.autoencoder
         self._products = product_dtype(components.autoencoder.decoder.stages)
+        self._in_fp8 = components.dit.products == FP8
         self._limit = limit
         self._canvas: Canvas | None = None
         self._networks = _networks(components)
@@ -78,7 +80,7 @@ class Placing:
     def widths(self) -> Widths:
         """How the networks are computed now."""
         values = {part: _value_bytes(network) for part, network in self._networks.items()}
-        return Widths(**values, ways=ways_on(self.device))
+        return Widths(**values, ways=ways_on(self.device), in_fp8=self._in_fp8)
 
     @property
     def plan(self) -> MemoryPlan:

@@ -4,8 +4,9 @@ Models trained in fp16 learnt with their attention clipped to its range; their c
 clamp (`DiTConfig.clamps`), so they are right in fp16 and in fp32, and drew noise in bf16. Models
 trained in bf16 leave the range of fp16. Gemma-2 and the DC-AE overflow in fp16, so they never run
 in it. CPUs that multiply bf16 faster than fp32 do so in the large products alone ("mixed",
-`sana.models.rounding`). A wish that would break a model is corrected, with a note. Start reading
-at `choose`.
+`sana.models.rounding`); "fp8" is bf16 with a transformer's large products in fp8, where asked for,
+and is refused where it cannot be. Any other wish that would break a model is corrected, with a
+note. Start reading at `choose`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sana.config import ModelConfig
-from sana.errors import NumericsError
+from sana.errors import NumericsError, RequestError
+from sana.kernels.reference import FP8
 from sana.models.rounding import Dtype, Mixed
 from sana.pipelines.footprint import Widths
 
@@ -29,10 +31,16 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Trained: TypeAlias = Literal["fp32", "fp16", "bf16"]
 MIXED: Literal["mixed"] = "mixed"
 """fp32 with the large products in bf16, as `--dtype` and a picture's metadata name it."""
-Wanted: TypeAlias = torch.dtype | Literal["mixed"]
+SCALED: Literal["fp8"] = "fp8"
+"""bf16 with the transformer's large products in fp8 (e4m3), likewise."""
+Wanted: TypeAlias = torch.dtype | Literal["mixed", "fp8"]
 TOO_COARSE = "it was trained in float16, and bfloat16 is too coarse for it"
 AMPERE = (8, 0)
 """The first compute capability with bf16."""
+ADA = (8, 9)
+"""The first with products in fp8."""
+TILE = 16
+"""Products in fp8 have sides of multiples of this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,23 +51,37 @@ class Precision:
     dit: torch.dtype
     autoencoder: torch.dtype
     products: torch.dtype | None = None
-    """Of the transformer's blocks and the decoder's stages, where narrower than the rest."""
+    """Of the transformer's blocks and, but for fp8, the decoder's stages, where narrower."""
     notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As the flag takes it."""
-        return name(self.dit) if self.products is None else MIXED
+        if self.products is None:
+            return name(self.dit)
+        return SCALED if self.products == FP8 else MIXED
 
-    def of(self, whole: torch.dtype) -> Dtype:
-        """What a network in `whole` with such products is loaded in."""
-        return whole if self.products is None else Mixed(whole, self.products)
+    @property
+    def dit_loads(self) -> Dtype:
+        """What the transformer is loaded in."""
+        return self.dit if self.products is None else Mixed(self.dit, self.products)
+
+    @property
+    def autoencoder_loads(self) -> Dtype:
+        """What the autoencoder is loaded in."""
+        if self.products in (None, FP8):
+            return self.autoencoder
+        assert self.products is not None
+        return Mixed(self.autoencoder, self.products)
 
     @property
     def widths(self) -> Widths:
         """Bytes of a value of each, for the memory planner."""
         return Widths(
-            text=self.text.itemsize, dit=self.dit.itemsize, autoencoder=self.autoencoder.itemsize
+            text=self.text.itemsize,
+            dit=self.dit.itemsize,
+            autoencoder=self.autoencoder.itemsize,
+            in_fp8=self.products == FP8,
         )
 
 
@@ -70,14 +92,19 @@ def choose(
     *,
     has_bf16: bool | None = None,
     has_fast_products: bool | None = None,
+    has_fp8: bool | None = None,
 ) -> Precision:
     """Dtypes for `config` on `device`; `wanted` is followed where the model can stand it.
 
-    `has_bf16` says whether the device computes in bf16, and `has_fast_products` whether a CPU
-    multiplies faster in it; by default they are asked.
+    `has_bf16` says whether the device computes in bf16, `has_fast_products` whether a CPU
+    multiplies faster in it, and `has_fp8` whether a GPU multiplies in fp8; by default they are
+    asked. Raises `RequestError` for fp8 where device or model do not have it.
     """
     kind = torch.device(device).type
     trained = trained_in(config)
+    if wanted == SCALED:
+        _require_fp8(config, torch.device(device), has_fp8)
+        return Precision(text=BF16, dit=BF16, autoencoder=BF16, products=FP8)
     if has_fast_products is None:
         has_fast_products = kind == "cpu" and multiplies_in_bf16()
     may_mix = kind == "cpu" and trained != "fp16"
@@ -120,6 +147,14 @@ def multiplies_in_bf16() -> bool:
     """Whether this CPU has instructions for products in bf16 (AVX512-BF16, AMX)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def multiplies_in_fp8(device: torch.device | str) -> bool:
+    """Whether the device multiplies in fp8: NVIDIA's from compute capability 8.9 on."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= ADA
 
 
 def announce(precision: Precision) -> None:
@@ -174,6 +209,28 @@ def _complain(tensor: Tensor, stage: str, dtype: torch.dtype) -> None:
 def name(dtype: torch.dtype) -> str:
     """`bfloat16`, as the flag takes it."""
     return str(dtype).removeprefix("torch.")
+
+
+def _require_fp8(config: ModelConfig, device: torch.device, has_fp8: bool | None) -> None:
+    """`RequestError` unless `config` can be drawn with products in fp8 there."""
+    way_out = "leave dtype out, or use bfloat16"
+    if not (multiplies_in_fp8(device) if has_fp8 is None else has_fp8):
+        raise RequestError(
+            f"dtype is fp8 and the device {device}; fp8 needs an NVIDIA GPU of compute capability "
+            f"8.9 or newer (Ada, Hopper, Blackwell): {way_out}"
+        )
+    if trained_in(config) == "fp16":
+        raise RequestError(
+            f"{config.name} was asked for in fp8; it was trained in float16, and the bfloat16 "
+            "between products in fp8 is too coarse for it: leave dtype out, or use a model trained "
+            "in bfloat16"
+        )
+    sides = (config.dit.width, config.dit.mlp_width)
+    if any(side % TILE for side in sides):
+        raise RequestError(
+            f"{config.name} was asked for in fp8, and its transformer is {sides[0]} wide with "
+            f"{sides[1]} in the mix-FFN; products in fp8 need multiples of {TILE}: {way_out}"
+        )
 
 
 def _default(trained: Trained, kind: str, wide: torch.dtype) -> torch.dtype:

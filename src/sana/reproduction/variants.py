@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sana.config import DiTConfig
+from sana.kernels.reference import Rows
 from sana.models.dcae import DCAE, Down, Up
 from sana.models.dit import Block, LinearDiT
 from sana.models.layers import LinearSelfAttention, split_heads
@@ -28,7 +29,7 @@ Change: TypeAlias = Callable[[DiTConfig], LinearDiT]
 class SoftmaxSelfAttention(LinearSelfAttention):
     """Softmax attention with the parameters of the linear one."""
 
-    def forward(self, x: Tensor, perturbed: int = 0, *, clips: bool = True) -> Tensor:
+    def forward(self, x: Tensor | Rows, perturbed: int = 0, *, clips: bool = True) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         assert not perturbed, "perturbed attention is not part of any ablation"
         query, key, value = self.qkv(x).chunk(3, dim=-1)

@@ -19,7 +19,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from sana.errors import CheckpointError
-from sana.models.rounding import Dtype, both, narrow_names
+from sana.kernels.reference import FP8, scaled_rows
+from sana.models.rounding import Dtype, both, narrow, narrow_names
 from sana.weights.keys import Layout, NetworkConfig, from_ours, kind_of, rename, surplus
 from sana.weights.tensors import PIECE, Stored, blank, read_into
 
@@ -49,15 +50,9 @@ def fill(
     with meta_parameters():
         module = make()
     expected = module.state_dict()
-    dropped: set[str] = set()
-    theirs: Mapping[str, Tensor] = expected
-    if names is not None:
-        theirs = from_ours(expected, *names)
-        dropped = surplus(stored, names[0], kind_of(names[1])) - theirs.keys()
-    wide, narrow = both(dtype)
-    narrow_ones = narrow_names(module)
-    given = {name: tensor for name, tensor in blank(stored).items() if name not in dropped}
-    require_fit(theirs, given, source)
+    _require_stored(expected, stored, names, source)
+    wide, products = both(dtype)
+    narrow_ones = narrow_names(module, products)
 
     def read(mine: list[str]) -> dict[str, Tensor]:
         buffer = torch.empty(PIECE, dtype=torch.uint8)
@@ -65,13 +60,16 @@ def fill(
         for name in mine:
             like = expected[name]
             parts = rename(name, *names).theirs if names is not None else (name,)
-            kept = narrow if name in narrow_ones else wide
+            is_scaled = products == FP8 and name in narrow_ones
+            kept = products if name in narrow_ones and not is_scaled else wide
             kept = kept if like.is_floating_point() else like.dtype
             tensors[name] = torch.empty(like.shape, dtype=kept, device=device)
             # Parts follow one another along the first dimension, so also in memory.
             flat = tensors[name].reshape(-1)
             for part, piece in zip(parts, flat.chunk(len(parts)), strict=True):
                 read_into(stored[part], piece, buffer)
+            if is_scaled:
+                tensors |= _scaled(name, tensors[name])
         return tensors
 
     order = list(expected)
@@ -79,8 +77,32 @@ def fill(
     with ThreadPoolExecutor(READERS) as pool:
         for part in pool.map(read, [order[first::READERS] for first in range(READERS)]):
             tensors.update(part)
+    if products == FP8:
+        narrow(module, FP8)
     assign(module, tensors, source)
     return module.to(device).eval()
+
+
+def _require_stored(
+    expected: Mapping[str, Tensor],
+    stored: Mapping[str, Stored],
+    names: tuple[Layout, NetworkConfig] | None,
+    source: str,
+) -> None:
+    """`require_fit` of what is stored, under its own names."""
+    dropped: set[str] = set()
+    theirs: Mapping[str, Tensor] = expected
+    if names is not None:
+        theirs = from_ours(expected, *names)
+        dropped = surplus(stored, names[0], kind_of(names[1])) - theirs.keys()
+    given = {name: tensor for name, tensor in blank(stored).items() if name not in dropped}
+    require_fit(theirs, given, source)
+
+
+def _scaled(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """A weight (N, K) in fp8, and its scale (1, N) beside it."""
+    rows = scaled_rows(weight)
+    return {name: rows.values, f"{name.removesuffix('weight')}scale": rows.scale.t().contiguous()}
 
 
 def require_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

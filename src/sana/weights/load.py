@@ -31,7 +31,7 @@ from sana.models.controlnet import ControlNet
 from sana.models.dcae import DCAE
 from sana.models.dit import LinearDiT
 from sana.models.gemma import Gemma2
-from sana.models.rounding import Dtype, both, narrow
+from sana.models.rounding import Dtype, beside, both, narrow
 from sana.models.text import MiniLM, TextEncoder, small_tokenizer
 from sana.presets import Preset, preset
 from sana.weights.assign import assign, meta_parameters
@@ -116,7 +116,7 @@ def load(
     networks = found.networks
     controlnet = None
     if config.controlnet is not None:
-        controlnet = build(networks["controlnet"], config.controlnet, at.device, at.dit)
+        controlnet = build(networks["controlnet"], config.controlnet, at.device, beside(at.dit))
     return Components(
         config=config,
         dit=build(networks["transformer"], config.dit, at.device, at.dit),
@@ -361,7 +361,8 @@ def _make_tiny(config: ModelConfig, at: Where) -> Components:
         dit, autoencoder = LinearDiT(config.dit), DCAE(config.autoencoder)
         text = MiniLM(config.text, small_tokenizer(config.text.vocabulary))
         controlnet = ControlNet(config.controlnet) if config.controlnet else None
-        for network, dtype in ((dit, at.dit), (autoencoder, at.autoencoder), (controlnet, at.dit)):
+        others = (autoencoder, at.autoencoder), (controlnet, beside(at.dit))
+        for network, dtype in ((dit, at.dit), *others):
             if network is not None:
                 _open_zeros(network)
                 _place(network, at.device, dtype)
