@@ -76,15 +76,11 @@ def reproduce(
             model=trial.model,
         )
         benches = {name: replace(first, folder=trial.output / name) for name in names}
-
-        def say(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
-
         seeds = range(trial.seeds)
-        run_rows({n: b for n, b in benches.items() if n in trained}, seeds, say, part)
+        run_rows({n: b for n, b in benches.items() if n in trained}, seeds, _say, part)
         for name, bench in benches.items():
             is_trained = name in trained
-            print(as_table(gather(name, bench) if is_trained else run(name, bench, seeds, say)))
+            print(as_table(gather(name, bench) if is_trained else run(name, bench, seeds, _say)))
             print(bench.folder / f"{name}.json")
 
 
@@ -100,3 +96,7 @@ def _read_part(text: str) -> tuple[int, int]:
         if index < count:
             return index, count
     raise RequestError(f"part is {text!r}; it must be I/N with I from 0 to N - 1, such as 0/3")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
