@@ -22,6 +22,7 @@ Way: TypeAlias = Literal[
     "doubling",
     "decode_graph",
     "text_graph",
+    "start_graph",
     "lone_text",
     "tanh_silu",
     "windows",
@@ -52,6 +53,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "decode_graph": H200,
         # Gemma-2 behind the instruction as a CUDA graph.
         "text_graph": H200,
+        # What the transformer makes of a text and of the times, as CUDA graphs.
+        "start_graph": None,
         # A text of one token, such as guidance's empty one: its attention is the same everywhere.
         "lone_text": H200,
         # SiLU of the mix-FFN's middle by the tangent's approximation, in bf16.

@@ -37,6 +37,7 @@ from sana.models.resampling import (
     windows,
 )
 from sana.models.rounding import product_dtype, rounded
+from sana.models.sending import sent
 
 ATTENTION_EPS = 1e-15
 STRIP_VALUES = 2**26
@@ -87,11 +88,7 @@ class DCAE(nn.Module):
         dtype = torch.promote_types(latent.dtype, torch.float32)
         values = (self.config.latent_mean, self.config.latent_scale)
         mean, scale = (torch.tensor(v, dtype=dtype)[:, None, None] for v in values)
-        if latent.is_cuda:  # A copy from pageable memory would wait for the whole stream.
-            mean, scale = (
-                x.pin_memory().to(latent.device, non_blocking=True) for x in (mean, scale)
-            )
-        return mean, scale
+        return sent(mean, latent.device), sent(scale, latent.device)
 
 
 class Encoder(nn.Module):

@@ -13,7 +13,7 @@ Start at `LinearDiT.denoise`; precision is decided in `layers`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,12 @@ from sana.models.layers import (
 )
 from sana.models.refiner import Refiner
 from sana.models.rounding import product_dtype
+from sana.models.sending import sent
 
 TIME_SCALE = 1000.0
 GUIDANCE_SCALE = 0.1
+Replay: TypeAlias = Callable[..., Any]
+"""Calls network(time, (), guidance) with the weights of a module; see `embed_times`."""
 Residuals: TypeAlias = Callable[[int, Tensor], Tensor]
 """(number of blocks done, tokens [B,N,D]) -> tokens for the next block, or for the output."""
 
@@ -92,25 +95,32 @@ class Stem(nn.Module):
         """Text states (B, T, text_dim) -> (B, T, D); depends on the prompt alone."""
         text = text.to(self.text_input.weight.dtype)
         if self.refiner is not None:
-            text = self.refiner(text, mask)
+            text = self.refiner(text, mask if mask is None else mask.to(text.device))
         embedded = self.text_output(F.gelu(self.text_input(text), approximate="tanh"))
         normed: Tensor = self.text_norm(embedded)
         return normed
 
-    def prepare(self, embedded: Tensor, mask: Tensor | None) -> Prepared:
-        """What the blocks make of `embed_text`'s result: for `denoise` in its place, every step."""
+    def prepare(
+        self, embedded: Tensor, mask: Tensor | None, *, lone: int | None = None
+    ) -> Prepared:
+        """What the blocks make of `embed_text`'s result: for `denoise` in its place, every step.
+
+        `lone` is what `lone_texts` says of them, where that is known. The mask is best on the CPU:
+        on a device it is waited for, unless `lone` is given.
+        """
         readers = [block.cross_attention for block in self.blocks if isinstance(block, Block)]
-        lone: tuple[Tensor, ...] = ()
-        is_tried = ops.allows("lone_text") and ops.uses_triton(embedded)
-        if mask is not None and is_tried and (count := lone_count(mask)):
+        alone: tuple[Tensor, ...] = ()
+        count = lone_texts(embedded, mask) if lone is None else lone
+        mask = mask if mask is None else sent(mask, embedded.device)
+        if mask is not None and count:
             places = mask[:count].int().argmax(dim=1, keepdim=True)[..., None]
             tokens = embedded[:count].take_along_dim(places, dim=1)
-            lone = tuple(reader.prepare_lone(tokens) for reader in readers)
+            alone = tuple(reader.prepare_lone(tokens) for reader in readers)
             embedded, mask = embedded[count:], mask[count:]
         return Prepared(
             keys_values=tuple(reader.prepare(embedded) for reader in readers),
             bias=mask_bias(mask, embedded.dtype),
-            lone=lone,
+            lone=alone,
         )
 
     def block_texts(
@@ -131,10 +141,21 @@ class Stem(nn.Module):
             x = (x + self._position_table(x)).to(x.dtype)
         return x
 
-    def embed_times(self, times: Tensor, guidance: float | None) -> dict[float, Moment]:
-        """The moments of a schedule's times (S,), computed together, by their values."""
-        scale = None if guidance is None else torch.full_like(times, guidance)
-        embedding, modulation = self.embed_time(times, scale)
+    def embed_times(
+        self, times: Tensor, guidance: float | None, *, replay: Replay | None = None
+    ) -> dict[float, Moment]:
+        """The moments of a schedule's times (S,), computed together, by their values.
+
+        With `replay`, through that, as `sana.pipelines.graphs` does it.
+        """
+        told = sent(times, self.modulation.weight.device)
+        scale = None if guidance is None else torch.full_like(told, guidance)
+        if replay is None:
+            embedding, modulation = self.embed_time(told, scale)
+        else:
+            embedding, modulation = replay(
+                lambda time, _, scale: self.embed_time(time, scale), self, told, (), scale
+            )
         rows = zip(times.tolist(), embedding.split(1), modulation.split(1), strict=True)
         return {time: Moment(own, six) for time, own, six in rows}
 
@@ -322,11 +343,14 @@ class Block(nn.Module):
         return Branch(attended, gate, self.attention.limit(attended.dtype))
 
 
-def lone_count(mask: Tensor) -> int:
+def lone_texts(embedded: Tensor, mask: Tensor | None) -> int:
     """How many samples at the front have a text of one token, mask (B, T), but for the last one.
 
-    So is the empty text of guidance, which stands first. Waits for the device.
+    So is the empty text of guidance, which stands first. 0 where they get no way of their own.
+    Waits for the mask's device.
     """
+    if mask is None or not ops.allows("lone_text") or not ops.uses_triton(embedded):
+        return 0
     counts = mask.sum(dim=1).tolist()[:-1]
     return next((i for i, count in enumerate(counts) if count != 1), len(counts))
 

@@ -27,6 +27,7 @@ from sana.config import GemmaConfig, Reference
 from sana.errors import CheckpointError
 from sana.models.gemma_decoder import GemmaDecoder, Memory, adjoin, joins
 from sana.models.instruction import INSTRUCTIONS
+from sana.models.sending import sent
 from sana.models.text import PromptTokenizer, TextStates
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Gemma2(nn.Module):
             ids = F.pad(ids, (0, missing), value=PADDING)
             read = partial(self._read, ids, mask if missing else None, None, replay)
             rows.append(read()[0] if prompt else self._nothing(missing, read))
-            masks.append(mask[0].to(rows[-1].device))
+            masks.append(mask[0])
         return TextStates(
             states=pad_sequence(rows, batch_first=True), mask=pad_sequence(masks, batch_first=True)
         )
@@ -179,10 +180,10 @@ class Gemma2(nn.Module):
             return self._run(ids, mask, memory)[0]
         length, device = ids.shape[1], self.model.embed_tokens.weight.device
         # Attention is causal: what is behind a token never reaches it.
-        ids = F.pad(ids, (0, -length % BLOCK), value=PADDING).to(device)
+        ids = sent(F.pad(ids, (0, -length % BLOCK), value=PADDING), device)
         marks: Any = ()
         if mask is not None:
-            marks = F.pad(mask, (0, -length % BLOCK)).to(device)
+            marks = sent(F.pad(mask, (0, -length % BLOCK)), device)
         return replay(self._replayed, self.model, ids, marks, tuple(memory or ()))[:, :length]
 
     def _replayed(self, ids: Tensor, marks: Any, memory: tuple[Any, ...]) -> Tensor:
@@ -267,8 +268,6 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _padded(rows: Sequence[Tensor]) -> TextStates:
     """Rows [T, W] of different lengths, side by side."""
-    mask = pad_sequence(
-        [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows],
-        batch_first=True,
-    )
+    ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    mask = pad_sequence(ones, batch_first=True)
     return TextStates(states=pad_sequence(list(rows), batch_first=True), mask=mask)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sana.config import TextConfig
 from sana.errors import CheckpointError, RequestError
 from sana.models.bert import Bert
+from sana.models.sending import sent
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,10 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextStates:
-    """Encoded prompts: `states` [B, T, W] and `mask` [B, T], true for real tokens."""
+    """Encoded prompts: `states` [B, T, W] on the encoder's device.
+
+    `mask` [B, T], true for real tokens, is on the CPU, where it can be read without waiting.
+    """
 
     states: Tensor
     mask: Tensor
@@ -183,11 +187,11 @@ class MiniLM(nn.Module):
         return states
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        """Tokenize and run; the result is on the encoder's device."""
+        """Tokenize and run."""
         ids, mask = self.tokenize(prompts)
         device = next(self.bert.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
-        return TextStates(states=self.states(ids, mask), mask=mask)
+        states = self.states(sent(ids, device), sent(mask, device))
+        return TextStates(states=states, mask=mask)
 
     def encode_negative(self, prompts: Sequence[str], length: int | None = None) -> TextStates:
         """As `encode`: this encoder has no instruction, and its padding is never read."""

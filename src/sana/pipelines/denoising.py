@@ -18,7 +18,7 @@ from sana.errors import RequestError
 from sana.models.controlnet import Controlled
 from sana.models.lora import adapted
 from sana.pipelines.abreast import abreast
-from sana.pipelines.precision import check_finite
+from sana.pipelines.precision import watch_finite
 from sana.samplers import (
     METHODS,
     Denoiser,
@@ -65,21 +65,21 @@ def make_denoiser(
     integer_times = config.tells_integer_times(by_scheduler=by_scheduler)
     told = truncated(times[:-1]) if integer_times else times[:-1]
     scale = request.guidance if config.dit.guidance_embedding else None
-    network = _scheduled(_captured(base, components, placing), base.embed_times(told, scale))
-    # A block that streams has its weights on the device only while it runs.
-    prepare: Any = None if placing.plan.dit == "streams" else base.prepare
+    network, prepare = _captured(base, components, placing)
+    network = _scheduled(network, _moments(base, components, placing, told, scale))
     if has_second and prepare is not None and (threads := _threads(dit, placing.device)) > 1:
         network, prepare = abreast(network, prepare, threads)
     network, prepare = _present(network, placing), prepare and _present(prepare, placing)
-    text = _embedded(components, base, encoded, "the prompt")
+    checks: list[Callable[[], None]] = []
+    text = _embedded(components, base, encoded, "the prompt", checks)
     if config.dit.guidance_embedding:
-        return distilled(network, text, request.guidance, prepare=prepare)
+        return _checked(distilled(network, text, request.guidance, prepare=prepare), checks)
     if request.pag_scale:
         network = partial(network, perturbed_blocks=request.pag_blocks)
-    return guided(
+    denoiser = guided(
         network,
         text,
-        None if negative is None else _negative(components, base, negative, text),
+        None if negative is None else _negative(components, base, negative, text, checks),
         Guidance(
             scale=request.guidance,
             perturbation=request.pag_scale or 0.0,
@@ -88,6 +88,7 @@ def make_denoiser(
         integer_times=integer_times,
         prepare=prepare,
     )
+    return _checked(denoiser, checks)
 
 
 def control_interval(times: Tensor, start: float, end: float) -> tuple[float, float]:
@@ -137,15 +138,54 @@ def _controlled(
 
 def _captured(
     base: LinearDiT | Controlled, components: Components, placing: Placing
-) -> Callable[..., Tensor]:
-    """The network's call, by CUDA graphs where the memory plan has room for them.
+) -> tuple[Callable[..., Tensor], Any]:
+    """The network's call, by CUDA graphs where the memory plan has room for them; its `Prepare`.
 
     The model's own are kept for the next request; those of a LoRA or a control picture are not.
     """
+    # A block that streams has its weights on the device only while it runs.
+    prepare = None if placing.plan.dit == "streams" else base.prepare
     graphs = placing.graphs if base is components.dit else placing.new_graphs()
     if isinstance(base, Controlled):
-        return partial(graphs, base, nn.ModuleList((base.base, base.controlnet)))
-    return partial(graphs, base.denoise, base)
+        return partial(graphs, base, nn.ModuleList((base.base, base.controlnet))), prepare
+    texts = placing.texts
+    if base is not components.dit or not texts.is_on or prepare is None:
+        return partial(graphs, base.denoise, base), prepare
+
+    def call(latent: Tensor, time: Any, text: Any, _mask: Tensor, **options: Any) -> Tensor:
+        ready = texts.present(text, base.prepare, base)
+        velocity: Tensor = graphs(base.denoise, base, latent, time, ready, None, **options)
+        return velocity
+
+    return call, texts.wait
+
+
+def _moments(
+    base: LinearDiT | Controlled,
+    components: Components,
+    placing: Placing,
+    told: Tensor,
+    scale: float | None,
+) -> Mapping[float, Any]:
+    """See `embed_times`; by a CUDA graph for the model's own network where there is room."""
+    if isinstance(base, Controlled) or base is not components.dit:
+        return base.embed_times(told, scale)
+    return base.embed_times(told, scale, replay=placing.time_graphs)
+
+
+def _checked(denoiser: Denoiser, checks: list[Callable[[], None]]) -> Denoiser:
+    """The same denoiser; `checks` of the text come once a step is launched, for the device to do.
+
+    They may wait for the text, so the first velocity is asked for before.
+    """
+
+    def denoise(latents: Tensor, times: Tensor) -> Tensor:
+        velocity = denoiser(latents, times)
+        while checks:
+            checks.pop(0)()
+        return velocity
+
+    return denoise
 
 
 def _scheduled(network: Callable[..., Tensor], moments: Mapping[float, Any]) -> Any:
@@ -186,21 +226,26 @@ def _negative(
     base: LinearDiT | Controlled,
     encoded: TextStates,
     conditional: Text,
+    checks: list[Callable[[], None]],
 ) -> Text:
     """The unconditional text; by NVIDIA's convention it is seen through the prompt's own mask."""
-    text = _embedded(components, base, encoded, "the negative prompt")
+    text = _embedded(components, base, encoded, "the negative prompt", checks)
     return borrow_mask(text, conditional) if components.config.borrows_mask else text
 
 
 def _embedded(
-    components: Components, base: LinearDiT | Controlled, encoded: TextStates, what: str
+    components: Components,
+    base: LinearDiT | Controlled,
+    encoded: TextStates,
+    what: str,
+    checks: list[Callable[[], None]],
 ) -> Text:
+    """The text as the network takes it; what raises if it is not finite goes to `checks`."""
     weight = next(components.dit.parameters())
-    mask = encoded.mask.to(weight.device)
-    states = base.embed_text(encoded.states.to(weight.device, weight.dtype), mask)
-    check_finite(states, f"the text states of {what}", weight.dtype)
-    block = text_block(weight.device)
-    return padded(Text(states=states, mask=mask), -(-mask.shape[1] // block) * block)
+    states = base.embed_text(encoded.states.to(weight.device, weight.dtype), encoded.mask)
+    checks.append(watch_finite(states, f"the text states of {what}", weight.dtype))
+    block, text = text_block(weight.device), Text(states=states, mask=encoded.mask)
+    return padded(text, -(-encoded.mask.shape[1] // block) * block)
 
 
 def text_block(device: torch.device) -> int:

@@ -163,10 +163,13 @@ def dit_work(c: DiTConfig, canvas: Canvas, factor: int, width: int) -> int:
 
 
 def graph_bytes(c: ModelConfig, canvas: Canvas, widths: Widths) -> int:
-    """Bytes that a CUDA graph of a step holds: the step's work, and the text for every block."""
+    """Bytes that CUDA graphs of a step hold: the text for every block, and their work.
+
+    The graph that prepares the text shares the step's memory, and makes the text there first.
+    """
     tokens = -(-c.text.max_tokens // TEXT_BLOCK) * TEXT_BLOCK
     texts = 2 * canvas.batch * tokens * c.dit.width * c.dit.depth * widths.dit
-    return texts + dit_work(c.dit, canvas, c.autoencoder.factor, widths.dit)
+    return texts + max(texts, dit_work(c.dit, canvas, c.autoencoder.factor, widths.dit))
 
 
 def widest(c: DCAEConfig) -> float:

@@ -38,6 +38,7 @@ from sana.pipelines.memory import (
 from sana.pipelines.moving import tensors_of
 from sana.pipelines.offload import Offload
 from sana.pipelines.precision import check_finite
+from sana.pipelines.texts import Texts
 
 if TYPE_CHECKING:
     from sana.config import ModelConfig
@@ -65,8 +66,9 @@ class Placing:
         """`uses_graphs` is whether CUDA graphs may be held where there is room."""
         self.device = torch.device(device)
         self._uses_graphs = uses_graphs and self.device.type == "cuda"
-        self._has_room = (False, False, False)
+        self._has_room = (False, False, False, False)
         self.graphs, self.text_graphs, self.decode_graphs = (Graphs(None) for _ in range(3))
+        self.time_graphs, self.texts = Graphs(None), Texts(None)
         self._config = components.config
         self._autoencoder = components.autoencoder
         self._products = product_dtype(components.autoencoder.decoder.stages)
@@ -150,17 +152,21 @@ class Placing:
         value = widths.autoencoder
         work = footprint.decode_work(config.autoencoder, *sides, value, widths.ways)
         decodes = holds(work, wanted=wanted)
-        if (steps, texts, decodes) != self._has_room:
-            self._has_room = (steps, texts, decodes)
+        starts = steps and ops.allows("start_graph")
+        if (steps, texts, decodes, starts) != self._has_room:
+            self._has_room = (steps, texts, decodes, starts)
             self._drop_graphs()
             capture = cuda_capture() if steps else None
             self.graphs = Graphs(capture)
             self.text_graphs = Graphs(capture if texts else None)
             self.decode_graphs = Graphs(capture if decodes else None)
+            self.time_graphs = Graphs(capture if starts else None)
+            self.texts = Texts(capture if starts else None)
 
     def _drop_graphs(self) -> None:
-        for graphs in (self.graphs, self.text_graphs, self.decode_graphs):
-            graphs.clear()
+        graphs = (self.graphs, self.text_graphs, self.decode_graphs, self.time_graphs, self.texts)
+        for held in graphs:
+            held.clear()
 
     def enter(self, phase: Phase) -> None:
         """Have the networks of `phase` on the device; call it before each use."""

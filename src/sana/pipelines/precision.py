@@ -23,6 +23,7 @@ from sana.config import ModelConfig
 from sana.errors import NumericsError, RequestError
 from sana.kernels.reference import FP8
 from sana.models.rounding import Dtype, Mixed
+from sana.models.sending import arriving
 from sana.pipelines.footprint import Widths
 
 logger = logging.getLogger(__name__)
@@ -176,31 +177,34 @@ def watch_finite(tensor: Tensor, stage: str, dtype: torch.dtype = FP32) -> Calla
 
     On a GPU it waits for `tensor` alone, and not for what was launched after it.
     """
-    is_finite = torch.isfinite(tensor).all()
-    arrival = None
-    if is_finite.is_cuda:
-        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(is_finite, non_blocking=True)
-        arrival = torch.cuda.current_stream(tensor.device).record_event()
-        is_finite = answer
+    return watch_count(finite_values(tensor), tensor.numel(), stage, dtype)
+
+
+def finite_values(tensor: Tensor) -> Tensor:
+    """How many of the values are finite, int64 on the device."""
+    return torch.isfinite(tensor).sum()
+
+
+def watch_count(
+    finite: Tensor, total: int, stage: str, dtype: torch.dtype = FP32
+) -> Callable[[], None]:
+    """`watch_finite` where `finite_values` of the stage's `total` values are known already."""
+    count = arriving(finite)
 
     def check() -> None:
-        if arrival is not None:
-            arrival.synchronize()
-        if not bool(is_finite):
-            _complain(tensor, stage, dtype)
+        bad = total - int(count())
+        if bad:
+            _complain(bad, total, stage, dtype)
 
     return check
 
 
-def _complain(tensor: Tensor, stage: str, dtype: torch.dtype) -> None:
-    finite = torch.isfinite(tensor)
-    bad = tensor.numel() - int(finite.sum())
+def _complain(bad: int, total: int, stage: str, dtype: torch.dtype) -> None:
     way_out = "use dtype float32"
     if dtype == FP32:
         way_out = "the weights themselves are at fault, or were trained with a clamp that is off"
     raise NumericsError(
-        f"{bad} of {tensor.numel()} values in {stage} are NaN or infinite "
+        f"{bad} of {total} values in {stage} are NaN or infinite "
         f"(computed in {name(dtype)}); every stage must stay finite, so check the weight file: "
         f"{way_out}"
     )

@@ -28,7 +28,10 @@ With perturbation it also takes `perturbed`, how many samples at the end to pert
 `guidance` [B]. It takes what its `Prepare` made in place of the text.
 """
 Prepare: TypeAlias = Callable[[Tensor, Tensor], Any]
-"""(text [B,T,W], mask [B,T]) -> what the network makes of them at every step alike."""
+"""(text [B,T,W], mask [B,T]) -> what the network makes of them at every step alike.
+
+The mask is where the `Text` has it; a network that is given the text itself has it beside that.
+"""
 
 Joined: TypeAlias = Callable[[int], tuple[Any, Tensor]]
 """Number of latents -> the text that the network takes for them, and its mask."""
@@ -39,7 +42,7 @@ class Text:
     """Encoded text that the network is conditioned on; a leading 1 stands for any batch size."""
 
     states: Tensor  # [1 or B, T, W]
-    mask: Tensor  # [1 or B, T], True where a token counts
+    mask: Tensor  # [1 or B, T], True where a token counts; best on the CPU, as that never waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +113,9 @@ def _joined(texts: Sequence[Text], prepare: Prepare | None) -> Joined:
         rows = [_for_batch(text, count) for text in texts]
         states = torch.cat([row.states for row in rows])
         mask = torch.cat([row.mask for row in rows])
-        return states if prepare is None else prepare(states, mask), mask
+        if prepare is None:
+            return states, mask.to(states.device)
+        return prepare(states, mask), mask
 
     return joined
 
