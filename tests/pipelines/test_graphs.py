@@ -17,9 +17,10 @@ from sana.models.dit import LinearDiT, Moment, Prepared
 from sana.models.tiling import decode_tiled
 from sana.pipelines import placing
 from sana.pipelines.footprint import Canvas
-from sana.pipelines.graphs import MOST, Graphs, addresses, cuda_capture
+from sana.pipelines.graphs import MOST, Graphs, addresses, cuda_capture, tensors_of
 from sana.pipelines.memory import MemoryPlan
 from sana.pipelines.pipeline import Pipeline
+from sana.pipelines.texts import Texts
 from sana.presets import preset
 from sana.request import Request
 from standins import tiny_components
@@ -34,13 +35,14 @@ class Recorder:
     def __init__(self) -> None:
         self.captured = self.replayed = 0
 
-    def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         self.captured += 1
         output = call()
 
         def replay() -> None:
             self.replayed += 1
-            output.copy_(call())
+            for place, tensor in zip(tensors_of(output), tensors_of(call()), strict=True):
+                place.copy_(tensor)
 
         return replay, output
 
@@ -158,6 +160,42 @@ def test_a_pipeline_draws_the_same_with_graphs(changes: dict[str, Any]) -> None:
     for expected, request in zip(plain, requests, strict=True):
         assert torch.equal(expected, list(pipeline.steps(request))[-1].latent)
     assert recorder.captured and recorder.replayed > recorder.captured
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-sprint"])
+def test_requests_by_turns_read_their_own_texts_and_moved_weights(name: str) -> None:
+    """All of the start in graphs: texts of one shape share the memory that steps read."""
+    pipeline = Pipeline(tiny_components(name))
+    requests = [Request(prompt=prompt, steps=4, seeds=3) for prompt in ("a fox", "a cow", "a hen")]
+
+    def draw() -> list[Tensor]:
+        """The last latents of requests whose steps take turns."""
+        turns = zip(*map(pipeline.steps, requests), strict=True)
+        *_, last = turns
+        return [step.latent for step in last]
+
+    plain = draw()
+    recorder = Recorder()
+    seats = pipeline._placing
+    seats.graphs, seats.time_graphs = Graphs(recorder), Graphs(recorder)
+    seats.texts = texts = Texts(recorder)
+
+    def check(expected: list[Tensor]) -> None:
+        for wanted, got in zip(expected, draw(), strict=True):
+            assert torch.equal(wanted, got)
+
+    for _ in range(3):
+        check(plain)
+    [place] = texts._places.values()
+    assert place.replay is not None and recorder.replayed > recorder.captured
+    place.text = lambda: None  # nobody's, so it is prepared again
+    check(plain)
+    weight = pipeline.components.dit.blocks[0].cross_attention.key_value.weight
+    weight.data = 1.5 * weight.data
+    changed = draw()
+    seats.graphs, seats.time_graphs, seats.texts = Graphs(None), Graphs(None), Texts(None)
+    check(changed)
+    assert_detects(check, plain)
 
 
 def test_a_pipeline_decodes_the_same_with_a_graph() -> None:

@@ -168,7 +168,7 @@ def _moments(
     scale: float | None,
 ) -> Mapping[float, Any]:
     """See `embed_times`; by a CUDA graph for the model's own network where there is room."""
-    if isinstance(base, Controlled) or base is not components.dit:
+    if isinstance(base, Controlled) or base is not components.dit or not placing.time_graphs.is_on:
         return base.embed_times(told, scale)
     return base.embed_times(told, scale, replay=placing.time_graphs)
 

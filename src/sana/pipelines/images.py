@@ -26,8 +26,18 @@ CHUNK = "sana"
 
 def to_pil(pixels: Tensor) -> Image.Image:
     """An RGB picture of pixels [3,H,W] in -1..1; what lies outside is clamped."""
+    return from_levels(to_levels(pixels).cpu())
+
+
+def to_levels(pixels: Tensor) -> Tensor:
+    """Bytes [H,W,3] of pixels [3,H,W] in -1..1, where they are; what lies outside is clamped."""
     levels = pixels.float().clamp(-1, 1).add(1).mul(127.5).round()
-    return Image.fromarray(levels.byte().permute(1, 2, 0).contiguous().cpu().numpy())
+    return levels.byte().permute(1, 2, 0).contiguous()
+
+
+def from_levels(levels: Tensor) -> Image.Image:
+    """An RGB picture of bytes [H,W,3] on the CPU."""
+    return Image.fromarray(levels.numpy())
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from sana.errors import RequestError
+from sana.models.sending import sent
 from sana.pipelines import preview, start
 from sana.pipelines.control import control_pixels
 from sana.pipelines.defaults import Size
 from sana.pipelines.denoising import make_denoiser
 from sana.pipelines.footprint import Canvas
-from sana.pipelines.images import to_pil
+from sana.pipelines.images import from_levels, to_pil
 from sana.pipelines.memory import MemoryPlan, parse
 from sana.pipelines.placing import Placing, first_device
 from sana.pipelines.precision import (
@@ -101,10 +102,11 @@ class Pipeline:
         """The pictures of `request`, one for each of `request.image_seeds`."""
         plan = self._plan(request, images)
         latent = None
-        for step in self._steps(plan):
+        late: list[Callable[[], None]] = []
+        for step in self._steps(plan, late):
             latent = step.latent
         assert latent is not None, "a schedule has at least one step"
-        return self._finish(plan, latent)
+        return self._finish(plan, latent, late)
 
     def finish(
         self, request: Request, latents: Tensor, images: Pictures | None = None
@@ -145,7 +147,7 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of image latents [B,C,h,w], decoded one at a time to bound the memory."""
-        return [to_pil(self._decode_one(latent)) for latent in latents.split(1)]
+        return list(self._pictures(latents))
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
@@ -173,12 +175,35 @@ class Pipeline:
         )
 
     @torch.inference_mode()
-    def _finish(self, plan: Plan, latents: Tensor) -> list[Image.Image]:
-        return [start.finished(self._decode_one(latent), plan) for latent in latents.split(1)]
+    def _finish(
+        self, plan: Plan, latents: Tensor, late: list[Callable[[], None]] | None = None
+    ) -> list[Image.Image]:
+        if start.is_plain(plan):
+            return list(self._pictures(latents, late))
+        for check in late or ():
+            check()
+        decode = self._placing.decode
+        return [start.finished(decode(self._raw(one)), plan) for one in latents.split(1)]
 
-    def _decode_one(self, latent: Tensor) -> Tensor:
-        raw = self.components.autoencoder.denormalize(latent.to(self.device))
-        return self._placing.decode(raw)
+    def _pictures(
+        self, latents: Tensor, late: list[Callable[[], None]] | None = None
+    ) -> Iterator[Image.Image]:
+        """Decoded one at a time; on a GPU the next is launched before one becomes a picture.
+
+        The checks in `late` come before the first.
+        """
+        ahead = 2 if self.device.type == "cuda" else 1
+        waiting: list[Callable[[], Tensor]] = []
+        for latent in latents.split(1):
+            waiting.append(self._placing.begin_decoding(self._raw(latent), as_bytes=True))
+            while late:
+                late.pop(0)()
+            if len(waiting) == ahead:
+                yield from_levels(waiting.pop(0)())
+        yield from (from_levels(result()) for result in waiting)
+
+    def _raw(self, latent: Tensor) -> Tensor:
+        return self.components.autoencoder.denormalize(latent.to(self.device))
 
     def _encode(self, pixels: Tensor) -> Tensor:
         raw = self._placing.encode(pixels)
@@ -199,7 +224,8 @@ class Pipeline:
         return self._placing.prepare(canvas)
 
     @torch.inference_mode()
-    def _steps(self, plan: Plan) -> Iterator[Step]:
+    def _steps(self, plan: Plan, late: list[Callable[[], None]] | None = None) -> Iterator[Step]:
+        """See `steps`; the last step is not waited for where its check may go to `late`."""
         request: Any = plan.request
         self._prepare(plan)
         method = METHODS[request.sampler]
@@ -230,9 +256,11 @@ class Pipeline:
                 check()
             stage = f"the latent at step {step.index + 1} of {step.count}"
             check = watch_finite(step.latent, stage, self.components.dit.products)
-            if step.index + 1 == step.count:
+            if step.index + 1 == step.count and late is None:
                 check()
             yield step
+        if late is not None and check is not None:
+            late.append(check)
 
     def _control(self, plan: Plan) -> Tensor | None:
         """The normalized latent of the control picture, edges found first where asked."""
@@ -245,7 +273,7 @@ class Pipeline:
         """A source of noise [B,C,h,w]; each picture's comes from its own generator."""
         factor, channels = self.config.autoencoder.factor, self.config.dit.latent_channels
         shape = (channels, drawn[0] // factor, drawn[1] // factor)
-        return lambda: draw_noise(shape, generators).to(self.device)
+        return lambda: sent(draw_noise(shape, generators), self.device)
 
 
 def load(

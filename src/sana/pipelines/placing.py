@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,12 @@ from sana.kernels.reference import FP8
 from sana.models.cutting import Tile, tilings
 from sana.models.gemma import Gemma2
 from sana.models.rounding import product_dtype
+from sana.models.sending import arriving
 from sana.models.tiling import decode_bands, encode_tiled
 from sana.pipelines import footprint
 from sana.pipelines.footprint import Canvas, Widths
 from sana.pipelines.graphs import Graphs, cuda_capture
+from sana.pipelines.images import to_levels
 from sana.pipelines.memory import (
     CUDA_CONTEXT,
     DoesNotFit,
@@ -37,7 +39,7 @@ from sana.pipelines.memory import (
 )
 from sana.pipelines.moving import tensors_of
 from sana.pipelines.offload import Offload
-from sana.pipelines.precision import check_finite
+from sana.pipelines.precision import check_finite, finite_values, watch_count
 from sana.pipelines.texts import Texts
 
 if TYPE_CHECKING:
@@ -46,7 +48,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PIXELS = "the decoded pixels"
 MEMINFO = Path("/proc/meminfo")
+SLACK = 2**26
+"""Free memory may change by so many bytes before a plan is made again."""
 GRAPHED_PIXELS = 2**21
 """Larger pictures keep the device busy while they are decoded, and a graph of that is large; and
 their pixels in fp32 have no place on a small device."""
@@ -75,6 +80,8 @@ class Placing:
         self._in_fp8 = components.dit.products == FP8
         self._limit = limit
         self._canvas: Canvas | None = None
+        self._known: tuple[Canvas, frozenset[Way], int | None] | None = None
+        """What was last planned for, and how much memory was free then."""
         self._networks = _networks(components)
         self._offload = Offload(self._networks, self.device)
 
@@ -91,6 +98,8 @@ class Placing:
 
     def prepare(self, canvas: Canvas) -> MemoryPlan:
         """Plan for `canvas` and go by it; raises `RequestError` if a stated limit is too low."""
+        if self._is_planned(canvas):
+            return self.plan
         limit, reserve = bounds(self.device, self._limit, self._free())
         try:
             chosen = plan(
@@ -111,7 +120,23 @@ class Placing:
         self._offload.follow(chosen)
         self._canvas = canvas
         self._make_room(chosen, canvas, None if limit is None else limit - reserve)
+        self._known = canvas, ways_on(self.device), free_memory(self.device)
         return chosen
+
+    def _is_planned(self, canvas: Canvas) -> bool:
+        """Whether the plan in force is for `canvas` and about as much free memory as there is now.
+
+        Networks that move change what is free, so that is only told of those that stay.
+        """
+        if self._known is None or self.plan.offloads:
+            return False
+        known, ways, before = self._known
+        if (canvas, ways_on(self.device)) != (known, ways):
+            return False
+        now = free_memory(self.device)
+        if before is None or now is None:
+            return before == now
+        return abs(now - before) <= SLACK
 
     def new_graphs(self) -> Graphs:
         """CUDA graphs of steps, for as long as they are held; where there is room for them."""
@@ -177,9 +202,14 @@ class Placing:
         self._offload.rest()
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Pixels [3,H,W] in fp32 of a raw latent [1,C,h,w], large ones on the CPU.
+        """Pixels [3,H,W] in fp32 of a raw latent [1,C,h,w], large ones on the CPU."""
+        return self.begin_decoding(latent)()
 
-        Out of memory, it is tried again in tiles of half the area, and that is logged as a warning.
+    def begin_decoding(self, latent: Tensor, *, as_bytes: bool = False) -> Callable[[], Tensor]:
+        """Launches it; what is returned waits for the pixels, and raises if they are not finite.
+
+        They are those of `decode` or, `as_bytes`, of its picture, [H,W,3] on the CPU. Out of
+        memory, it is tried again in tiles of half the area, and that is logged as a warning.
         """
         self._prepare_for(latent)
         self.enter("decode")
@@ -187,7 +217,7 @@ class Placing:
         tile = self.plan.tile
         while True:
             try:
-                return self._decode_in(latent, tile)
+                return self._decode_in(latent, tile, as_bytes=as_bytes)
             except (RuntimeError, MemoryError) as error:
                 factor = self._config.autoencoder.factor
                 smaller = _smaller(tile or (height, width), height, width, factor)
@@ -219,28 +249,42 @@ class Placing:
         if known is None or (known.height, known.width) != (height, width):
             self.prepare(Canvas(width=width, height=height))
 
-    def _decode_in(self, latent: Tensor, tile: Tile | None) -> Tensor:
+    def _decode_in(
+        self, latent: Tensor, tile: Tile | None, *, as_bytes: bool
+    ) -> Callable[[], Tensor]:
+        if self.decode_graphs.is_on and tile is None:
+            return self._replay_decoding(latent, as_bytes=as_bytes)
         height, width = self._size_of(latent)
         # A small picture becomes bytes where it is, so that a quarter of it is copied.
         place = self.device if height * width <= GRAPHED_PIXELS else torch.device("cpu")
         pixels = torch.empty((3, height, width), device=place)
         row = 0
-        for band in self._bands(latent, tile):
-            check_finite(band, "the decoded pixels", self._products)
+        for band in decode_bands(self._autoencoder, latent, tile=tile or (height, width)):
+            check_finite(band, PIXELS, self._products)
             pixels[:, row : row + band.shape[-2]] = band[0].float()
             row += band.shape[-2]
-        return pixels
+        return arriving(to_levels(pixels)) if as_bytes else lambda: pixels
 
-    def _bands(self, latent: Tensor, tile: Tile | None) -> Iterable[Tensor]:
-        """Of the decoded picture: of tiles, or of one graph where there is room for it."""
+    def _replay_decoding(self, latent: Tensor, *, as_bytes: bool) -> Callable[[], Tensor]:
+        """By a graph, and what becomes of the pixels in it."""
         network = self._autoencoder
-        if not self.decode_graphs.is_on or tile is not None:
-            return decode_bands(network, latent, tile=tile or self._size_of(latent))
 
-        def decode(latent: Tensor, _time: tuple[()]) -> Tensor:
-            return network.decode(latent)
+        def decode(latent: Tensor, _time: tuple[()], *, as_bytes: bool) -> tuple[Tensor, Tensor]:
+            pixels = network.decode(latent)
+            made = to_levels(pixels[0]) if as_bytes else pixels[0].float()
+            return made, finite_values(pixels)
 
-        return [self.decode_graphs(decode, network, latent.to(self.device))]
+        made, finite = self.decode_graphs(
+            decode, network, latent.to(self.device), as_bytes=as_bytes
+        )
+        check = watch_count(finite, made.numel(), PIXELS, self._products)
+        result = arriving(made) if as_bytes else lambda: made
+
+        def wait() -> Tensor:
+            check()
+            return result()
+
+        return wait
 
     def _free(self) -> int | None:
         """What this pipeline can have: what is free, and what it has already."""
@@ -291,7 +335,12 @@ def free_memory(device: torch.device | str) -> int | None:
     device = torch.device(device)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        held: Any = torch.cuda.memory_stats_as_nested_dict(device)  # flat, it takes much longer
+        if not held:  # nothing was ever allocated there
+            return free
+        inside = (held[f"{what}_bytes"]["all"]["current"] for what in ("reserved", "allocated"))
+        reserved, allocated = inside
+        return int(free + reserved - allocated)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     if MEMINFO.is_file():

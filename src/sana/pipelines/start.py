@@ -95,6 +95,11 @@ def held(denoiser: Denoiser, clean: Tensor, keep: Tensor) -> Denoiser:
     return denoise
 
 
+def is_plain(plan: Plan) -> bool:
+    """Whether the picture asked for is the one drawn, neither resized nor joined to an image."""
+    return plan.drawn == plan.asked and plan.mask is None
+
+
 def finished(pixels: Tensor, plan: Plan) -> Image.Image:
     """The picture asked for, of pixels [3,H,W] as drawn; outside the mask it is the image's."""
     picture = to_pil(_resized(pixels, plan))
