@@ -28,9 +28,11 @@ from benchmarks.rigs import Rig, Texts, model_config  # noqa: E402
 from sana.kernels import ops  # noqa: E402
 from sana.kernels.proven import UNPROVEN  # noqa: E402
 from sana.pipelines import denoising, pipeline  # noqa: E402
+from sana.pipelines.pipeline import Pipeline  # noqa: E402
 from sana.pipelines.timing import synchronize  # noqa: E402
 
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+WORDS = ("red", "blue", "green", "black", "small", "large", "old", "young")
 WARM = 4
 """Pictures before: the second of a shape captures, the third may still make a plan."""
 
@@ -60,7 +62,18 @@ def main() -> int:
             f"{options.model}, {options.steps} steps, {options.count} pictures: {min(took):.2f} ms"
         )
         _report(rig, request, device)
-    return 0
+        return _check(rig, request)
+
+
+def _check(rig: Rig, request: Any) -> int:
+    """1 if any of eight prompts of one shape, in a graph from the third on, is another picture."""
+    made = [request.model_copy(update={"prompt": f"{word} fox"}) for word in WORDS]
+    plain = Pipeline(rig.ours.components, graph=False)
+    with_graphs = [rig.ours.generate(one)[0].tobytes() for one in made]
+    without = [plain.generate(one)[0].tobytes() for one in made]
+    same = sum(a == b for a, b in zip(with_graphs, without, strict=True))
+    print(f"{same} of {len(made)} pictures the same as without graphs, {len(set(without))} differ")
+    return int(same < len(made) or len(set(without)) < len(made))
 
 
 def _report(rig: Rig, request: Any, device: torch.device) -> None:
