@@ -49,7 +49,7 @@ def test_scores_pictures_and_says_what_it_is(tmp_path: Path) -> None:
     pictures = [picture(0), picture(1, (90, 200))]
     scores = reward.score("a photo of a red fox", pictures)
     again = [reward.score("a photo of a red fox", [one])[0] for one in pictures]
-    assert scores == pytest.approx(again, abs=1e-5) and scores[0] != scores[1]
+    assert scores == pytest.approx(again, rel=1e-5) and scores[0] != scores[1]
     assert reward.score("a fox " * 60, pictures) != scores
     reward.network.head[0].bias[:] = math.nan
     with pytest.raises(NumericsError, match="ImageReward gave NaN"):

@@ -37,6 +37,7 @@ Way: TypeAlias = Literal[
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
 H200 = "benchmarks/results/2026-11-27-kernels-nvidia-h200.md"
+LATER = "benchmarks/results/2026-11-28-kernels-nvidia-h100.md"
 
 REPORTS: Mapping[Way, str | None] = MappingProxyType(
     {
@@ -45,7 +46,7 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "rms_norm": H100,
         "bias_act": H100,
         "glu_depthwise": H100,
-        # Ours instead of torch's scaled_dot_product_attention; alone it is slower on an H200.
+        # Ours instead of torch's scaled_dot_product_attention; slower on H200 and H100.
         "cross_attention": None,
         # DC-AE: nearest and 3x3 as a transposed convolution, then `add_repeated_`.
         "doubling": H200,
@@ -54,7 +55,7 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         # Gemma-2 behind the instruction as a CUDA graph.
         "text_graph": H200,
         # What the transformer makes of a text and of the times, as CUDA graphs.
-        "start_graph": None,
+        "start_graph": LATER,
         # A text of one token, such as guidance's empty one: its attention is the same everywhere.
         "lone_text": H200,
         # SiLU of the mix-FFN's middle by the tangent's approximation, in bf16.
@@ -62,17 +63,17 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         # DC-AE: nearest and 3x3 as a 2x2 convolution to four times the channels, then `spread`.
         "windows": H200,
         # DC-AE: a scale's 5x5 by our kernel, and its groups' product written where it stays.
-        "aggregate": None,
+        "aggregate": LATER,
         # Linear attention's products in bf16, with the summed state in two parts.
         "split_attention": H200,
         # Gemma-2: norm, sum and next norm; rotary, capped attention; gelu(gate) up, each one pass.
-        "gemma_norm": None,
-        "gemma_attention": None,
-        "gemma_gate": None,
+        "gemma_norm": LATER,
+        "gemma_attention": LATER,
+        "gemma_gate": LATER,
         # Gemma-2: queries, keys and values from one product, and gate and up from another.
-        "gemma_joined": None,
+        "gemma_joined": LATER,
         # fp8 alone: rows and their scales by our kernels, with the norm before them where one is.
-        "scaled_rows": None,
+        "scaled_rows": LATER,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ SLACK = 2**26
 GRAPHED_PIXELS = 2**21
 """Larger pictures keep the device busy while they are decoded, and a graph of that is large; and
 their pixels in fp32 have no place on a small device."""
+LOOK_EVERY = 1.0
+"""Seconds for which what is free on a GPU is not asked again."""
 
 
 class Placing:
@@ -81,6 +84,7 @@ class Placing:
         self._limit = limit
         self._canvas: Canvas | None = None
         self._known: tuple[Canvas, frozenset[Way], int | None] | None = None
+        self._known_until = 0.0
         """What was last planned for, and how much memory was free then."""
         self._networks = _networks(components)
         self._offload = Offload(self._networks, self.device)
@@ -121,6 +125,7 @@ class Placing:
         self._canvas = canvas
         self._make_room(chosen, canvas, None if limit is None else limit - reserve)
         self._known = canvas, ways_on(self.device), free_memory(self.device)
+        self._known_until = time.monotonic() + LOOK_EVERY
         return chosen
 
     def _is_planned(self, canvas: Canvas) -> bool:
@@ -133,9 +138,13 @@ class Placing:
         known, ways, before = self._known
         if (canvas, ways_on(self.device)) != (known, ways):
             return False
+        # Asking takes a GPU's driver milliseconds, which the first step would wait for.
+        if self.device.type == "cuda" and time.monotonic() < self._known_until:
+            return True
         now = free_memory(self.device)
         if before is None or now is None:
             return before == now
+        self._known_until = time.monotonic() + LOOK_EVERY
         return abs(now - before) <= SLACK
 
     def new_graphs(self) -> Graphs:
