@@ -78,7 +78,8 @@ def fill(
         for part in pool.map(read, [order[first::READERS] for first in range(READERS)]):
             tensors.update(part)
     if products == FP8:
-        narrow(module, FP8)
+        # A product's results have the dtype that its layer had before.
+        narrow(module.to(wide), FP8)
     assign(module, tensors, source)
     return module.to(device).eval()
 
