@@ -1,6 +1,7 @@
 """How fast is a training step of the official 0.6B transformer? Ours, plain PyTorch, compiled.
 
     python benchmarks/flow_step.py --seconds 50      # on a GPU, random weights and latents
+    python benchmarks/flow_step.py --try glu_gradient # with what no card has proven
     python benchmarks/flow_step.py --tiny            # the same at small size, on any machine
 
 Flow loss, backward and AdamW (fused on a GPU) under bf16 autocast with fp32 weights, at 512 and
@@ -25,6 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sana.kernels import ops  # noqa: E402
+from sana.kernels.proven import UNPROVEN  # noqa: E402
 from sana.models.dit import LinearDiT  # noqa: E402
 from sana.pipelines.timing import synchronize  # noqa: E402
 from sana.presets import preset  # noqa: E402
@@ -77,6 +79,7 @@ def main() -> int:
     """Time each way at each size; a way that fails is named and the others go on."""
     options = _options()
     began = time.perf_counter()
+    tried = tuple(way for way in UNPROVEN if way in options.tried.split(","))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines: list[str] = []
     sizes = ((2, 2),) if options.tiny else ((16, 32), (32, 8))
@@ -87,7 +90,8 @@ def main() -> int:
                 lines.append(f"{side * 32} px, {name}: no time left")
                 continue
             try:
-                line, got = _measure(device, side, batch, name, backend, is_tiny=options.tiny)
+                with ops.trying(*tried):
+                    line, got = _measure(device, side, batch, name, backend, is_tiny=options.tiny)
             except Exception as error:
                 lines.append(f"{side * 32} px, {name}: {type(error).__name__}: {error}"[:200])
                 continue
@@ -138,6 +142,7 @@ def _options() -> Any:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small networks, for trying it out")
     parser.add_argument("--seconds", type=float, default=60.0, help="no way begins after these")
+    parser.add_argument("--try", dest="tried", default="", help="ways, with commas between")
     parser.add_argument("--write", type=Path, help="file for what was measured so far")
     return parser.parse_args()
 

@@ -73,3 +73,35 @@ def test_a_compiled_caller_goes_through_the_kernel() -> None:
     compiled = torch.compile(triton, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(triton(*inputs), compiled(*inputs))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 5), (1, 1, 1, 3), (1, 6, 5, 70), (1, 7, 35, 3)])
+def test_gradients_equal_the_references(shape: tuple[int, int, int, int]) -> None:
+    inputs = draw(*shape, torch.float32)
+    generator = torch.Generator().manual_seed(7)
+    g = torch.randn((*shape[:3], shape[3]), generator=generator).to(DEVICE)
+    wide = [part.double().requires_grad_() for part in inputs]
+    exact = torch.autograd.grad(reference.glu_depthwise(*wide), wide, g.double())
+
+    def check(g: Tensor) -> None:
+        own = [part.clone().requires_grad_() for part in inputs]
+        with ops.force("triton"), ops.trying("glu_gradient"):
+            got = torch.autograd.grad(ops.glu_depthwise(*own), own, g)
+        for expected, found in zip(exact, got, strict=True):
+            assert_matches(expected.float(), found, 1.5e-6)
+
+    check(g)
+    louder = g.clone()
+    louder[:, 0, 0] *= 1.05
+    assert_detects(check, louder)
+
+
+def test_gradients_by_kernels_are_only_tried() -> None:
+    own = [part.requires_grad_() for part in draw(1, 2, 2, 3, torch.float32)]
+    with ops.force("triton"):
+        plain = ops.glu_depthwise(*own)
+        with ops.trying("glu_gradient"):
+            tried = ops.glu_depthwise(*own)
+    assert plain.grad_fn is not None and tried.grad_fn is not None
+    assert type(plain.grad_fn) is not type(tried.grad_fn)
+    assert_matches(plain.detach(), tried.detach(), 1.5e-6)

@@ -297,6 +297,12 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             fast = allows("tanh_silu") and x.dtype == torch.bfloat16
             out: Tensor = glumbconv.glu_depthwise(x, weight, bias, fast)
             return out
+    elif allows("glu_gradient") and uses_triton(x):
+        from sana.kernels import glumbconv, glumbconv_gradient
+
+        if glumbconv.supports(x, weight, bias) and glumbconv_gradient.supports(x, weight, bias):
+            trained: Tensor = glumbconv.glu_depthwise(x, weight, bias, False)
+            return trained
     # One name, so that no map of 2F channels outlives its use.
     x = reference.silu_depthwise(x, weight, bias)
     return reference.gated(x)

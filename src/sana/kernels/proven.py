@@ -33,6 +33,7 @@ Way: TypeAlias = Literal[
     "gemma_gate",
     "gemma_joined",
     "scaled_rows",
+    "glu_gradient",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -74,6 +75,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "gemma_joined": LATER,
         # fp8 alone: rows and their scales by our kernels, with the norm before them where one is.
         "scaled_rows": LATER,
+        # Training: the mix-FFN's middle and its gradients by kernels.
+        "glu_gradient": None,
     }
 )
 """Each way with the report that proves it, or None."""
