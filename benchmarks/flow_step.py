@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.commands import named_ways  # noqa: E402
 from sana.kernels import ops  # noqa: E402
-from sana.kernels.proven import UNPROVEN  # noqa: E402
 from sana.models.dit import LinearDiT  # noqa: E402
 from sana.pipelines.timing import synchronize  # noqa: E402
 from sana.presets import preset  # noqa: E402
@@ -79,7 +79,7 @@ def main() -> int:
     """Time each way at each size; a way that fails is named and the others go on."""
     options = _options()
     began = time.perf_counter()
-    tried = tuple(way for way in UNPROVEN if way in options.tried.split(","))
+    tried = named_ways(options.tried)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines: list[str] = []
     sizes = ((2, 2),) if options.tiny else ((16, 32), (32, 8))

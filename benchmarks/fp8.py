@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
@@ -32,38 +30,17 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""The largest number of e4m3."""
-LEAST = 1e-12
-"""Of a row's largest value, so that a row of zeros has a scale."""
-BLOCK_PARTS = (
-    "attention.qkv",
-    "attention.output",
-    "cross_attention.query",
-    "cross_attention.output",
-    "feed_forward.expand",
-    "feed_forward.project",
-)
+from benchmarks.commands import named_ways  # noqa: E402
+from sana.kernels import reference  # noqa: E402
+from sana.kernels.reference import FP8  # noqa: E402
+from sana.models.rounding import SCALED, scaled_weight  # noqa: E402
+
 PROMPTS = ("a red fox", "a smiling person with glasses", "two blue whales", "a green apple")
-
-
-RowKernel: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> fp8 (M, K) and its scales (M, 1) in fp32, with x ~ fp8 * scale."""
-    wide = x.float()
-    scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST) / LARGEST
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
 def emulated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) and weight (N, K) -> (..., N) by way of fp8, with products summed in fp32."""
-    (a, a_scale), (b, b_scale) = scaled_rows(x.flatten(0, -2)), scaled_rows(weight)
-    y = (a.float() @ b.float().T) * a_scale * b_scale.T
-    y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+    return reference.scaled_product(reference.scaled_rows(x), *scaled_weight(weight), bias, x.dtype)
 
 
 class Emulated(nn.Module):
@@ -83,7 +60,7 @@ def emulate(network: nn.Module) -> int:
     blocks = network.blocks
     assert isinstance(blocks, nn.ModuleList)
     for block in blocks:
-        for path in BLOCK_PARTS:
+        for path in SCALED:
             parent, name = path.split(".")
             owner = block.get_submodule(parent)
             setattr(owner, name, Emulated(owner.get_submodule(name)))  # type: ignore[arg-type]
@@ -91,47 +68,16 @@ def emulate(network: nn.Module) -> int:
     return count
 
 
-def row_kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`scaled_rows` as one pass in Triton."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def scale_row(x_ptr, q_ptr, scale_ptr, count, largest, BLOCK: tl.constexpr):  # noqa: N803
-        """One row; rounded to e4m3's steps first, since the interpreter's cast loses a carry."""
-        row = tl.program_id(0).to(tl.int64)
-        k = tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * count + k, mask=k < count, other=0.0).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / largest
-        q = tl.minimum(tl.maximum(x / scale, -largest), largest)
-        bits = q.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # 3 of 23 digits, ties to even
-        small = (q + 24576.0) - 24576.0  # below 2^-6 in steps of 2^-9
-        q = tl.where(tl.abs(q) < 0.015625, small, bits.to(tl.float32, bitcast=True))
-        tl.store(q_ptr + row * count + k, q.to(q_ptr.dtype.element_ty), mask=k < count)
-        tl.store(scale_ptr + row, scale)
-
-    globals()["tl"] = tl  # a kernel reads the names of its module
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        rows, count = x.shape
-        q, scale = torch.empty_like(x, dtype=FP8), x.new_empty((rows, 1), dtype=torch.float32)
-        block = triton.next_power_of_2(count)
-        warps = 4 if block <= 2048 else 8
-        scale_row[(rows,)](x.contiguous(), q, scale, count, LARGEST, BLOCK=block, num_warps=warps)
-        return q, scale
-
-    return call
-
-
 def check_kernel(device: str, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
-    """The kernel against `scaled_rows`: values within one step of e4m3, scales to fp32's digits."""
+    """The kernel against its definition: values within a step of e4m3, scales to fp32's digits."""
+    from sana.kernels.rows import scaled_rows
+
     x = torch.randn(shape, device=device).to(dtype)
     x[0] = 0
-    (q, scale), (exact, exact_scale) = row_kernel()(x), scaled_rows(x)
-    scales = rel_rms(exact_scale, scale)
-    differing = float((q.float() != exact.float()).double().mean())
-    values = rel_rms(exact.float() * exact_scale, q.float() * scale)
+    (q, scale), exact = scaled_rows(x), reference.scaled_rows(x)
+    scales = rel_rms(exact.scale, scale)
+    differing = float((q.float() != exact.values.float()).double().mean())
+    values = rel_rms(exact.values.float() * exact.scale, q.float() * scale)
     is_right = scales < 1e-6 and values < 2e-3 and differing < 1e-3
     print(f"rows {shape}: scales {scales:.1e}, values {values:.1e}, {differing:.1e} of them differ")
     print("  right" if is_right else "  WRONG")
@@ -142,32 +88,33 @@ def run_gpu() -> bool:
     """Each product of a 1.6B block for two samples of 1024 px, right and timed against bf16."""
     from triton.testing import do_bench
 
+    from sana.kernels.rows import scaled_rows
     from sana.presets import preset
 
     config = preset("sana-1600m-1024").config.dit
     width, hidden, rows = config.width, config.mlp_width, 2 * 1024
     good = check_kernel("cuda", torch.bfloat16, (rows, width))
-    kernel, total = row_kernel(), [0.0, 0.0]
+    total = [0.0, 0.0]
     shapes = {"qkv": (width, 3 * width), "width": (width, width)}
     shapes |= {"expand": (width, 2 * hidden), "project": (hidden, width)}
     for name, (into, out) in shapes.items():
         x = torch.randn(rows, into, device="cuda").bfloat16()
         weight = (torch.randn(out, into, device="cuda") / into**0.5).bfloat16()
         bias = torch.randn(out, device="cuda").bfloat16()
-        b, b_scale = scaled_rows(weight)
-        b, b_scale = b.t(), b_scale.t().contiguous()
+        b, b_scale = scaled_weight(weight)
+        b = b.t()
 
         def product(q: Tensor, scale: Tensor, b=b, b_scale=b_scale, bias=bias) -> Tensor:
             options = {"out_dtype": torch.bfloat16, "bias": bias}
             return torch._scaled_mm(q, b, scale_a=scale, scale_b=b_scale, **options)
 
-        error = rel_rms(emulated(x, weight, bias), product(*kernel(x)))
+        error = rel_rms(emulated(x, weight, bias), product(*scaled_rows(x)))
         good &= error < 5e-3  # the result's own digits leave 1.7e-3
         plain = do_bench(lambda x=x, w=weight, o=bias: F.linear(x, w, o), return_mode="median")
-        alone = kernel(x)
+        alone = scaled_rows(x)
         times = [
             do_bench(call, return_mode="median")
-            for call in (lambda x=x: kernel(x), lambda f=product, q=alone: f(*q))
+            for call in (lambda x=x: scaled_rows(x), lambda f=product, q=alone: f(*q))
         ]
         against = rel_rms(
             F.linear(x.double(), weight.double(), bias.double()), emulated(x, weight, bias)
@@ -215,18 +162,14 @@ def run_step() -> bool:
     print(f"bf16: {before:.2f} ms, velocity off fp32 by {rel_rms(exact, plain):.1e}", flush=True)
     narrow(step.network, FP8)
     step.prepared = step.network.prepare(step.text, step.mask)
-    for tried in ((), ("scaled_rows",)):
-        with ops.trying(*tried):
-            velocity, took, moved = measure()
-        print(
-            f"fp8, {', '.join(tried) or 'rows by torch'}: {took:.2f} ms, velocity off fp32 by "
-            f"{rel_rms(exact, velocity):.1e}, latent after 20 steps off bf16's by "
-            f"{rel_rms(latent, moved):.1e}; 20 steps {20 * took:.0f} ms",
-            flush=True,
-        )
-        if tried:
-            with ops.force("triton"), ops.trying(*tried):
-                breakdown("fp8 in a graph", step.graph)
+    velocity, took, moved = measure()
+    print(
+        f"fp8: {took:.2f} ms, velocity off fp32 by {rel_rms(exact, velocity):.1e}, latent after 20 "
+        f"steps off bf16's by {rel_rms(latent, moved):.1e}; 20 steps {20 * took:.0f} ms",
+        flush=True,
+    )
+    with ops.force("triton"):
+        breakdown("fp8 in a graph", step.graph)
     return True
 
 
@@ -276,7 +219,6 @@ def main() -> int:
     options = parser.parse_args()
     # Only now, since triton reads what --interpret sets when it is first imported.
     from sana.kernels import ops
-    from sana.kernels.proven import UNPROVEN
 
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -287,7 +229,7 @@ def main() -> int:
         return int(not all(check_kernel("cpu", torch.float32, shape) for shape in shapes))
     right = run_gpu()
     if options.step:
-        with ops.trying(*(way for way in UNPROVEN if way in options.tried.split(","))):
+        with ops.trying(*named_ways(options.tried)):
             right &= run_step()
     return int(not right)
 

@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.commands import named_ways  # noqa: E402
 from benchmarks.parity import Networks, rel_rms  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.rigs import (  # noqa: E402
@@ -140,7 +141,7 @@ def main() -> int:
         has_peer=options.peer != "none" and importlib.util.find_spec("diffusers") is not None,
     )
     report = Report(device=device, folder=options.write, peer=_peer_name(options, bench))
-    tried = [way for way in UNPROVEN if way in options.tried.split(",") or options.tried == "all"]
+    tried = named_ways(options.tried)
     print(f"tried: {', '.join(tried) or 'nothing that is not proven'}", file=sys.stderr)
     for row in chosen(options.only):
         report.add(row, run_trying(row, bench, tried))

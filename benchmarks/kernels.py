@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as change
 from pathlib import Path
@@ -44,10 +44,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.commands import named_ways  # noqa: E402
 from gemmas import TINY  # noqa: E402
 from sana.config import DCAEConfig, DiTConfig, GemmaConfig  # noqa: E402
 from sana.kernels import ops, reference  # noqa: E402
-from sana.kernels.proven import UNPROVEN, Way  # noqa: E402
+from sana.kernels.proven import Way  # noqa: E402
 from sana.kernels.reference import Branch, Row  # noqa: E402
 from sana.models.dcae import DCAE  # noqa: E402
 from sana.models.dit import LinearDiT  # noqa: E402
@@ -148,7 +149,7 @@ def main() -> int:
     options = arguments()
     device = torch.device("cpu" if options.tiny else "cuda")
     bench = Bench(device, options.tiny, time.monotonic() + options.seconds, options)
-    bench.kept = [way for way in UNPROVEN if way in options.tried.split(",")]
+    bench.kept = named_ways(options.tried)
     print(bench.lines()[1], flush=True)
     failed = False
     for part in options.only.split(","):
@@ -405,14 +406,7 @@ class Step:
     def with_ways(self) -> None:
         """As it is, and with each way that no card has proven, kept for the next if it helps."""
         best = self.check_and_time((), with_profile=True)
-        for way in STEP_WAYS:
-            if self.bench.is_left_out(way):
-                continue
-            tried = (*self.bench.kept, way)
-            took = attempt(self.bench, lambda tried=tried: self.check_and_time(tried))
-            if took is not None and (best is None or took < GAIN * best):
-                best = took
-                self.bench.keep(way)
+        keep_what_helps(self.bench, STEP_WAYS, self.check_and_time, best)
         attempt(self.bench, lambda: self.check_and_time(tuple(self.bench.kept), with_profile=True))
 
     def check_and_time(self, tried: tuple[Way, ...], *, with_profile: bool = False) -> float | None:
@@ -482,14 +476,7 @@ def run_decode(bench: Bench) -> None:
             del wide
         decoder = Decode(bench, network, latent, (exact, plain), before)
         best = decoder.row(tuple(bench.kept), with_profile=True)
-        for way in DECODE_WAYS:
-            if bench.is_left_out(way):
-                continue
-            tried = (*bench.kept, way)
-            took = attempt(bench, lambda tried=tried: decoder.row(tried))
-            if took is not None and (best is None or took < GAIN * best):
-                best = took
-                bench.keep(way)
+        keep_what_helps(bench, DECODE_WAYS, decoder.row, best)
         attempt(bench, lambda: decoder.row(tuple(bench.kept), with_profile=True))
 
 
@@ -555,14 +542,7 @@ def run_text(bench: Bench) -> None:
         best = reading.row(tuple(bench.kept))
         if best is not None and best < reading.before and not ops.allows("text_graph"):
             bench.keep("text_graph")
-        for way in TEXT_WAYS:
-            if bench.is_left_out(way):
-                continue
-            tried = (*bench.kept, way)
-            took = attempt(bench, lambda tried=tried: reading.row(tried))
-            if took is not None and (best is None or took < GAIN * best):
-                best = took
-                bench.keep(way)
+        keep_what_helps(bench, TEXT_WAYS, reading.row, best)
         attempt(bench, lambda: reading.row(tuple(bench.kept)))
 
 
@@ -616,6 +596,23 @@ class Reading:
 
 def named(name: str, tried: tuple[Way, ...]) -> str:
     return f"{name}, tried: {' '.join(tried)}" if tried else name
+
+
+def keep_what_helps(
+    bench: Bench,
+    ways: Sequence[Way],
+    measure: Callable[[tuple[Way, ...]], float | None],
+    best: float | None,
+) -> None:
+    """Tries each way beside those kept; keeps it if `measure` gives clearly less than `best`."""
+    for way in ways:
+        if bench.is_left_out(way):
+            continue
+        tried = (*bench.kept, way)
+        took = attempt(bench, lambda tried=tried: measure(tried))
+        if took is not None and (best is None or took < GAIN * best):
+            best = took
+            bench.keep(way)
 
 
 def attempt(bench: Bench, call: Callable[[], float | None]) -> float | None:

@@ -23,10 +23,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
+from benchmarks.commands import named_ways  # noqa: E402
 from benchmarks.parity import Networks  # noqa: E402
 from benchmarks.rigs import Rig, Texts, model_config  # noqa: E402
 from sana.kernels import ops  # noqa: E402
-from sana.kernels.proven import UNPROVEN  # noqa: E402
 from sana.pipelines import denoising, pipeline  # noqa: E402
 from sana.pipelines.pipeline import Pipeline  # noqa: E402
 from sana.pipelines.timing import synchronize  # noqa: E402
@@ -46,7 +46,7 @@ def main() -> int:
         model_config("sana-1600m-1024", is_tiny=options.tiny).autoencoder, device, has_peer=False
     )
     texts = Texts(device, is_tiny=options.tiny, has_peer=False)
-    with ops.trying(*(way for way in UNPROVEN if way in options.tried.split(","))):
+    with ops.trying(*named_ways(options.tried)):
         rig = Rig(options.model, texts, autoencoder, config, batch=1)
         rig.ours.components.autoencoder.to(memory_format=torch.channels_last)
         request = rig.request(options.steps, options.count)

@@ -61,6 +61,7 @@ def find_devices() -> list[dict[str, Any]]:
     import torch
 
     from sana.pipelines.placing import free_memory
+    from sana.pipelines.precision import multiplies_in_fp8
 
     devices = [
         {
@@ -85,7 +86,7 @@ def find_devices() -> list[dict[str, Any]]:
                 "free": free_memory(f"cuda:{index}"),
                 "total": card.total_memory,
                 "has_bf16": card.major >= 8,
-                "has_fp8": (card.major, card.minor) >= (8, 9) and torch.version.hip is None,
+                "has_fp8": multiplies_in_fp8(f"cuda:{index}"),
             }
         )
     return devices

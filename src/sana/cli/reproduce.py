@@ -43,13 +43,13 @@ def reproduce(
     **fields: Any,
 ) -> None:
     """Run a row of docs/reproduction.md and write its record; without a name, list the rows."""
-    from sana.reproduction.rows import ROWS, as_table, find, gather, run, run_rows
+    from sana.reproduction.rows import ROWS, SAMPLED, as_table, find, gather, run, run_rows
 
     if row is None:
         for name, entry in ROWS.items():
             print(f"{name}: {entry.claim} ({entry.source})")
         return
-    trained = [name for name in ROWS if name not in ("solver", "shift")]
+    trained = [name for name in ROWS if name not in SAMPLED]
     names = trained if row == "all" else row.split(",")
     for name in names:
         find(name)

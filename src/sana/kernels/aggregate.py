@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels.cells import load_cell
 from sana.kernels.launching import op
 
 SIZE = 5
@@ -38,13 +39,6 @@ def _column(taps_ptr, c, is_inside, X: tl.constexpr):
         tl.load(at + 15, mask=is_inside, other=0.0).to(tl.float32),
         tl.load(at + 20, mask=is_inside, other=0.0).to(tl.float32),
     )
-
-
-@triton.jit
-def _read(x_ptr, h, w, H, W, E, c, C):
-    """x at row h and column w, channels c < C; 0 outside, as the convolution's border."""
-    last = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), C, 0)
-    return tl.load(x_ptr + (h * W + w) * E + c, mask=c < last, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -79,12 +73,12 @@ def _depthwise(
     q0, q1, q2, q3 = zero, zero, zero, zero
     for step in range(SEGMENT + 4):
         w = start + step - 2
-        u = _read(x_ptr, h - 2, w, H, W, E, c, C)
-        v = _read(x_ptr, h - 1, w, H, W, E, c, C)
-        x = _read(x_ptr, h, w, H, W, E, c, C)
-        y = _read(x_ptr, h + 1, w, H, W, E, c, C)
-        z = _read(x_ptr, h + 2, w, H, W, E, c, C)
-        s = _read(x_ptr, h + 3, w, H, W, E, c, C)
+        u = load_cell(x_ptr, h - 2, w, H, W, E, c, C)
+        v = load_cell(x_ptr, h - 1, w, H, W, E, c, C)
+        x = load_cell(x_ptr, h, w, H, W, E, c, C)
+        y = load_cell(x_ptr, h + 1, w, H, W, E, c, C)
+        z = load_cell(x_ptr, h + 2, w, H, W, E, c, C)
+        s = load_cell(x_ptr, h + 3, w, H, W, E, c, C)
         done = _taken(p3, f0, f1, f2, f3, f4, u, v, x, y, z)
         p3 = _taken(p2, e0, e1, e2, e3, e4, u, v, x, y, z)
         p2 = _taken(p1, d0, d1, d2, d3, d4, u, v, x, y, z)

@@ -14,13 +14,16 @@ C channels, F mlp width. A program of `_attend` has M queries of a head and walk
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels import norms
 from sana.kernels.launching import op
+from sana.kernels.norms import has_rows
 
 BLOCK_M = 16
 BLOCK_P = 64
@@ -31,7 +34,6 @@ NUM_WARPS = 4
 NUM_STAGES = 2
 BLOCK_F = 1024
 WIDEST_HEAD = 256
-WIDEST = 16384
 HIGHEST = 1000.0
 """Soft cap."""
 
@@ -216,7 +218,7 @@ def _(
 @op("gelu_gate")
 def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up (B, T, F), perhaps slices of wider rows -> gelu(gate) * up, contiguous."""
-    gate, up = (x if _has_rows(x) else x.contiguous() for x in (gate, up))
+    gate, up = (x if has_rows(x) else x.contiguous() for x in (gate, up))
     F = gate.shape[-1]
     out = gate.new_empty(gate.shape)
     grid = (gate.numel() // F, triton.cdiv(F, BLOCK_F))
@@ -282,27 +284,10 @@ def prompt_attention(
 
 
 @prompt_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    turns: list[Tensor],
-    memory: list[Tensor],
-    mask: Tensor | None,
-    head_dim: int,
-    scale: float,
-    cap: float,
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 def supports(x: Tensor, *others: Tensor | None) -> bool:
     """Whether norm and gate take these: rows (B, T, C) and weights of one dtype of 32 bits."""
-    alike = all(other is None or other.dtype == x.dtype for other in others)
-    is_known = x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[-1] <= WIDEST
-    return alike and is_known and x.dim() == 3
-
-
-def _has_rows(x: Tensor) -> bool:
-    """Whether x (B, T, C) is made of dense rows at one distance."""
-    return x.stride(2) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x.dim() == 3 and norms.supports(x, *others)

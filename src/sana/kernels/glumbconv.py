@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels.cells import load_cell
 from sana.kernels.launching import op
 
 BLOCK_F = 128
@@ -47,9 +48,7 @@ def _silu(x, FAST: tl.constexpr):
 @triton.jit
 def _read(x_ptr, h, w, H, W, F, c, end, FAST: tl.constexpr):
     """silu of x at row h and column w, channels c < end; 0 outside, as the convolution's border."""
-    last = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), end, 0)
-    x = tl.load(x_ptr + (h * W + w) * 2 * F + c, mask=c < last, other=0.0).to(tl.float32)
-    return _silu(x, FAST)
+    return _silu(load_cell(x_ptr, h, w, H, W, 2 * F, c, end), FAST)
 
 
 @triton.jit

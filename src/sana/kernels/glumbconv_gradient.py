@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels.glumbconv import SEGMENT, _taps, glu_depthwise
+from sana.kernels.cells import load_cell
+from sana.kernels.glumbconv import SEGMENT, _read, _taps, glu_depthwise
 from sana.kernels.launching import op
 
 SUMMING_F = 64
@@ -30,26 +31,13 @@ ROWS_OF_SUMS = 64
 
 
 @triton.jit
-def _load(ptr, h, w, H, W, C, c, end):
-    """Row h and column w, channels c < end, in fp32; 0 outside."""
-    last = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), end, 0)
-    return tl.load(ptr + (h * W + w) * C + c, mask=c < last, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_silu(ptr, h, w, H, W, C, c, end):
-    x = _load(ptr, h, w, H, W, C, c, end)
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
-def _column(ptr, h, w, H, W, C, c, end):
+def _column(ptr, h, w, H, W, F, c, end):
     """silu of four cells of column w, from row h - 1 on."""
     return (
-        _load_silu(ptr, h - 1, w, H, W, C, c, end),
-        _load_silu(ptr, h, w, H, W, C, c, end),
-        _load_silu(ptr, h + 1, w, H, W, C, c, end),
-        _load_silu(ptr, h + 2, w, H, W, C, c, end),
+        _read(ptr, h - 1, w, H, W, F, c, end, False),
+        _read(ptr, h, w, H, W, F, c, end, False),
+        _read(ptr, h + 1, w, H, W, F, c, end, False),
+        _read(ptr, h + 2, w, H, W, F, c, end, False),
     )
 
 
@@ -119,12 +107,12 @@ def _depthwise_gradients(
         av, bv, ag, bg = (o, o, o, o), (o, o, o, o), (o, o, o, o), (o, o, o, o)
         for step in range(SEGMENT + 2):
             w = start + step - 1
-            cv = _column(x_ptr, h, w, H, W, C, v, F)
-            cg = _column(x_ptr, h, w, H, W, C, g, C)
+            cv = _column(x_ptr, h, w, H, W, F, v, F)
+            cg = _column(x_ptr, h, w, H, W, F, g, C)
             last = tl.where((w > start) & (w <= W) & (h < H), F, 0)
             lower = tl.where(h + 1 < H, last, 0)
-            out_0 = _load(g_ptr, h, w - 1, H, W, F, v, last)
-            out_1 = _load(g_ptr, h + 1, w - 1, H, W, F, v, lower)
+            out_0 = load_cell(g_ptr, h, w - 1, H, W, F, v, last)
+            out_1 = load_cell(g_ptr, h + 1, w - 1, H, W, F, v, lower)
             gate_0 = _convolve(bias_g, taps_g, ag, bg, cg, 0)
             gate_1 = _convolve(bias_g, taps_g, ag, bg, cg, 1)
             dg_0 = out_0 * _convolve(bias_v, taps_v, av, bv, cv, 0) * _slope(gate_0)
@@ -164,16 +152,16 @@ def _input_gradients(
     for step in range(SEGMENT + 2):
         w = start + step - 1
         c = (
-            _load(d_ptr, h - 1, w, H, W, C, channel, C),
-            _load(d_ptr, h, w, H, W, C, channel, C),
-            _load(d_ptr, h + 1, w, H, W, C, channel, C),
-            _load(d_ptr, h + 2, w, H, W, C, channel, C),
+            load_cell(d_ptr, h - 1, w, H, W, C, channel, C),
+            load_cell(d_ptr, h, w, H, W, C, channel, C),
+            load_cell(d_ptr, h + 1, w, H, W, C, channel, C),
+            load_cell(d_ptr, h + 2, w, H, W, C, channel, C),
         )
         last = tl.where((w > start) & (w <= W), C, 0)
         lower = tl.where(h + 1 < H, last, 0)
-        dx_0 = _slope(_load(x_ptr, h, w - 1, H, W, C, channel, last))
+        dx_0 = _slope(load_cell(x_ptr, h, w - 1, H, W, C, channel, last))
         dx_0 *= _convolve(o, taps, a, b, c, 0)
-        dx_1 = _slope(_load(x_ptr, h + 1, w - 1, H, W, C, channel, lower))
+        dx_1 = _slope(load_cell(x_ptr, h + 1, w - 1, H, W, C, channel, lower))
         dx_1 *= _convolve(o, taps, a, b, c, 1)
         at = dx_ptr + (h * W + w - 1) * C + channel
         tl.store(at, dx_0.to(dx_ptr.dtype.element_ty), mask=channel < last)

@@ -11,18 +11,17 @@ Shape letters: B batch, N tokens, C channels, M rows in all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels import rows
 from sana.kernels.launching import op
-from sana.kernels.rows import as_rows, empty_rows
+from sana.kernels.rows import TILE, as_rows, empty_rows, warps
 
-WIDEST = 16384
-"""Channels of a row, which one program holds."""
-TILE = 4096
-"""Values that one program normalizes where rows are short."""
 PLAIN, RELU, SILU = 0, 1, 2
 
 
@@ -128,27 +127,16 @@ def residual_norm(
     (B or 1, C), to be summed. `limit` clips the branch; 0 does not.
     """
     x = x.contiguous()
-    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
-    normed = torch.empty_like(x) if scale else x.new_empty(0)
+    total, normed = _asked(x, branch is not None), _asked(x, bool(scale))
     _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, normed, None))
     return total, normed
 
 
 @residual_norm.register_fake
 def _(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: list[Tensor],
-    shift: list[Tensor],
-    scale: list[Tensor],
-    eps: float,
-    limit: float,
+    x: Tensor, branch: Tensor | None, _gate: Any, _shift: Any, scale: list[Tensor], *_: float
 ) -> tuple[Tensor, Tensor]:
-    whole = x.new_empty(x.shape)
-    return (
-        whole if branch is not None else x.new_empty(0),
-        x.new_empty(x.shape) if scale else x.new_empty(0),
-    )
+    return _asked(x, branch is not None), _asked(x, bool(scale))
 
 
 @op("residual_norm_rows")
@@ -166,24 +154,15 @@ def residual_norm_rows(
     They are of the normed, or with an empty `scale` of the total, which is there as it is too.
     """
     x = x.contiguous()
-    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
+    total = _asked(x, branch is not None)
     values, scales = empty_rows(x)
     _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, values, scales))
     return total, values, scales
 
 
 @residual_norm_rows.register_fake
-def _(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: list[Tensor],
-    shift: list[Tensor],
-    scale: list[Tensor],
-    eps: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = x.new_empty(x.shape) if branch is not None else x.new_empty(0)
-    return total, *empty_rows(x)
+def _(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _asked(x, branch is not None), *empty_rows(x)
 
 
 @op("rms_norm")
@@ -218,13 +197,17 @@ def bias_act_(own: Tensor, bias: Tensor, kind: int) -> None:
 
 def supports(x: Tensor, *others: Tensor | None) -> bool:
     """Whether these kernels take x and what goes with it: one dtype of at most 32 bits."""
-    alike = all(other is None or other.dtype == x.dtype for other in others)
-    return alike and x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[-1] <= WIDEST
+    return rows.supports(x) and all(other is None or other.dtype == x.dtype for other in others)
 
 
 def has_rows(x: Tensor) -> bool:
     """Whether x (B, N, C) is made of dense rows at one distance."""
-    return x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x.stride(-1) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+
+
+def _asked(x: Tensor, is_asked: bool) -> Tensor:
+    """Memory for a result like x, contiguous; without elements if nobody asks for it."""
+    return x.new_empty(x.shape if is_asked else 0)
 
 
 def _launch_residual(
@@ -238,17 +221,17 @@ def _launch_residual(
     """`pairs` are gate, shift and scale; `results` total, normed, and scales of rows if in fp8."""
     B, N, C = x.shape
     gate, _, scale = pairs
-    rows = [_row(pair, x) for pair in pairs]
+    parts = [_row(pair, x) for pair in pairs]
     total, normed, scales = results
     block = triton.next_power_of_2(C)
     _residual_norm[(B * N,)](
         x, x if branch is None else branch.contiguous(), total, normed,
         total if scales is None else scales,
-        *(part for row in rows for part in row), N, C, eps, limit,
-        *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in rows),
+        *(part for row in parts for part in row), N, C, eps, limit,
+        *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in parts),
         HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
         HAS_NORM=bool(scale), IN_ROWS=scales is not None, NATIVE=x.is_cuda,
-        BLOCK=block, num_warps=_warps(block),
+        BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
 
 
@@ -264,12 +247,12 @@ def _launch(
     C = x.shape[-1]
     M = x.numel() // C
     block = triton.next_power_of_2(C)
-    rows = max(1, TILE // block)
-    _rms_norm[(triton.cdiv(M, rows),)](
+    together = max(1, TILE // block)
+    _rms_norm[(triton.cdiv(M, together),)](
         x, weight, weight if bias is None else bias, x if residual is None else residual, out,
         M, C, eps, x.stride(-2),
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, KIND=kind,
-        ROWS=rows, BLOCK=block, num_warps=_warps(rows * block),
+        ROWS=together, BLOCK=block, num_warps=warps(together * block),
     )  # fmt: skip
 
 
@@ -278,7 +261,3 @@ def _row(pair: list[Tensor], instead: Tensor) -> list[Tensor]:
     if not pair:
         return [instead.view(-1), instead.view(-1)]
     return [part if part.stride(-1) == 1 else part.contiguous() for part in pair]
-
-
-def _warps(values: int) -> int:
-    return 4 if values <= 2048 else 8 if values <= 8192 else 16

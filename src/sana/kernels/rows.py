@@ -19,7 +19,7 @@ from sana.kernels.launching import op
 WIDEST = 16384
 """Values of a row, which one program holds."""
 TILE = 4096
-"""Values that one program scales where rows are short."""
+"""Values that one program takes where rows are short."""
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, TILE // block)
     _scaled_rows[(triton.cdiv(M, rows),)](
         x, out, scale, M, K, ROWS=rows, BLOCK=block, NATIVE=x.is_cuda,
-        num_warps=4 if rows * block <= 2048 else 8,
+        num_warps=warps(rows * block),
     )  # fmt: skip
     return out, scale
 
@@ -98,3 +98,8 @@ def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def supports(x: Tensor) -> bool:
     """Whether the kernel takes x: floats of at most 32 bits, rows that one program holds."""
     return x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[-1] <= WIDEST
+
+
+def warps(values: int) -> int:
+    """Of a program that holds so many values."""
+    return 4 if values <= 2048 else 8 if values <= 8192 else 16

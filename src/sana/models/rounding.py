@@ -65,10 +65,10 @@ class Scaled(Product):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.whole = linear.weight.dtype
-        rows = reference.scaled_rows(linear.weight.detach())
-        self.weight = nn.Parameter(rows.values, requires_grad=False)
+        weight, scale = scaled_weight(linear.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", linear.bias)
-        self.register_buffer("scale", rows.scale.t().contiguous())
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         """(..., K) -> (..., N); rows that something before has scaled are taken as they are."""
@@ -83,6 +83,12 @@ class Scaled(Product):
         """Writes the result into `out`, contiguous."""
         rows = x if isinstance(x, Rows) else ops.scaled_rows(x)
         ops.scaled_product(rows, self.weight, self.scale, self.bias, out)
+
+
+def scaled_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) in fp8, and its scale (1, N), as `Scaled` has them."""
+    rows = reference.scaled_rows(weight)
+    return rows.values, rows.scale.t().contiguous()
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

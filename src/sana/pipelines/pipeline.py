@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sana.errors import RequestError
+from sana.kernels.reference import FP8
 from sana.models.sending import sent
 from sana.pipelines import preview, start
 from sana.pipelines.control import control_pixels
@@ -125,7 +126,7 @@ class Pipeline:
         products = self.components.dit.products
         if products == self._dtype:
             return name(self._dtype)
-        return SCALED if products.itemsize == 1 else MIXED
+        return SCALED if products == FP8 else MIXED
 
     def memory_plan(self, request: Request, images: Pictures | None = None) -> MemoryPlan:
         """What is where when, to draw `request`; prints as a sentence. Raises `RequestError`."""

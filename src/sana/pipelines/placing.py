@@ -84,8 +84,9 @@ class Placing:
         self._limit = limit
         self._canvas: Canvas | None = None
         self._known: tuple[Canvas, frozenset[Way], int | None] | None = None
-        self._known_until = 0.0
         """What was last planned for, and how much memory was free then."""
+        self._known_until = 0.0
+        """Until when that memory is taken to be free still."""
         self._networks = _networks(components)
         self._offload = Offload(self._networks, self.device)
 

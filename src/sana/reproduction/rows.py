@@ -28,6 +28,8 @@ from sana.weights.load import load
 Results = dict[str, list[dict[str, float]]]
 """For each variant, what was measured: one entry a seed, or a picture where nothing is trained."""
 Report = Callable[[str], None]
+SAMPLED = ("solver", "shift")
+"""Rows that draw with a trained model; all others train."""
 SEEDS = 64
 """Seeds from 0 that a record looks for."""
 
@@ -115,7 +117,7 @@ def find(name: str) -> Row:
 def run(name: str, bench: Bench, seeds: Sequence[int], report: Report) -> Results:
     """Carry out a row and leave its record after every part; see `write`."""
     find(name)
-    if name in ("solver", "shift"):
+    if name in SAMPLED:
         return _run_samplers(name, bench, seeds, report)
     run_rows({name: bench}, seeds, report)
     return gather(name, bench)
@@ -132,24 +134,23 @@ def run_rows(
     Seeds are outside, so that a run that is cut off has compared every variant of every row once.
     What is on disk with the same settings is not run again, and what two rows share is run once.
     """
-    work: dict[tuple[object, ...], list[tuple[str, str]]] = {}
-    runs: dict[tuple[object, ...], Callable[[Bench], dict[str, float]]] = {}
+    work: dict[tuple[int, object], list[tuple[str, str]]] = {}
+    runs: dict[object, Callable[[Bench, int], dict[str, float]]] = {}
     for seed in seeds:
         for name in benches:
             for label, key, measure in _parts(name):
                 work.setdefault((seed, key), []).append((name, label))
-                runs[seed, key] = partial(_measured, measure, seed, report)
-    for number, (task, places) in enumerate(work.items()):
+                runs[key] = measure
+    for number, ((seed, key), places) in enumerate(work.items()):
         if number % part[1] != part[0]:
             continue
-        seed = int(str(task[0]))
-        missing = [(n, la) for n, la in places if _kept(benches[n], la, seed) is None]
+        known = {place: _kept(benches[place[0]], place[1], seed) for place in places}
+        missing = [place for place, kept in known.items() if kept is None]
         if not missing:
             continue
-        known = [_kept(benches[n], la, seed) for n, la in places]
-        found = next((one for one in known if one is not None), None)
-        found = found or runs[task](benches[missing[0][0]])
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+        found = next((kept for kept in known.values() if kept is not None), None)
+        found = found or _measured(runs[key], benches[missing[0][0]], seed, report)
+        shown = ", ".join(f"{what} {value:.4g}" for what, value in found.items())
         for name, label in missing:
             bench = benches[name]
             entry = {"label": label, "seed": seed, "results": found, **_conditions(bench)}
@@ -216,7 +217,7 @@ def gather(name: str, bench: Bench) -> Results:
 
 
 def _measured(
-    measure: Callable[[Bench, int], dict[str, float]], seed: int, report: Report, bench: Bench
+    measure: Callable[[Bench, int], dict[str, float]], bench: Bench, seed: int, report: Report
 ) -> dict[str, float]:
     """What a run gave; one whose gradients were no longer finite is a result as well."""
     try:

@@ -19,8 +19,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from sana.errors import CheckpointError
-from sana.kernels.reference import FP8, scaled_rows
-from sana.models.rounding import Dtype, both, narrow, narrow_names
+from sana.kernels.reference import FP8
+from sana.models.rounding import Dtype, both, narrow, narrow_names, scaled_weight
 from sana.weights.keys import Layout, NetworkConfig, from_ours, kind_of, rename, surplus
 from sana.weights.tensors import PIECE, Stored, blank, read_into
 
@@ -69,7 +69,8 @@ def fill(
             for part, piece in zip(parts, flat.chunk(len(parts)), strict=True):
                 read_into(stored[part], piece, buffer)
             if is_scaled:
-                tensors |= _scaled(name, tensors[name])
+                beside = f"{name.removesuffix('weight')}scale"
+                tensors[name], tensors[beside] = scaled_weight(tensors[name])
         return tensors
 
     order = list(expected)
@@ -98,12 +99,6 @@ def _require_stored(
         dropped = surplus(stored, names[0], kind_of(names[1])) - theirs.keys()
     given = {name: tensor for name, tensor in blank(stored).items() if name not in dropped}
     require_fit(theirs, given, source)
-
-
-def _scaled(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """A weight (N, K) in fp8, and its scale (1, N) beside it."""
-    rows = scaled_rows(weight)
-    return {name: rows.values, f"{name.removesuffix('weight')}scale": rows.scale.t().contiguous()}
 
 
 def require_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

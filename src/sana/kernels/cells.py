@@ -1,0 +1,16 @@
+"""Cells of channels-last maps, as kernels that walk along rows read them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_cell(ptr, h, w, H, W, stride, c, end):
+    """The cell at row h and column w, `stride` values apart, channels c < end, in fp32; 0 outside.
+
+    So a convolution's border is zero.
+    """
+    last = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), end, 0)
+    return tl.load(ptr + (h * W + w) * stride + c, mask=c < last, other=0.0).to(tl.float32)
