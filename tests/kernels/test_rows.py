@@ -91,15 +91,19 @@ def test_a_tiny_model_is_drawn_and_replaces_its_weights() -> None:
         next(scaled.steps(request.replace(loras=("a.safetensors",), lora_scales=(1.0,))))
 
 
-def _where() -> object:
+def test_results_have_the_dtype_of_what_is_loaded_from_files() -> None:
+    network = load("sticker-512", where=lambda _: _where(torch.bfloat16)).dit
+    linears = [module for module in network.modules() if isinstance(module, Scaled)]
+    assert len(linears) == 6 * len(network.config.inner_blocks)
+    assert {linear.whole for linear in linears} == {torch.bfloat16}
+    linear = linears[0]
+    assert linear(torch.zeros(2, linear.in_features, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def _where(whole: torch.dtype = torch.float32) -> object:
     from sana.weights.load import Where
 
-    return Where(
-        device="cpu",
-        dit=Mixed(torch.float32, FP8),
-        autoencoder=torch.float32,
-        text=torch.float32,
-    )
+    return Where(device="cpu", dit=Mixed(whole, FP8), autoencoder=torch.float32, text=torch.float32)
 
 
 def test_fp8_is_refused_where_it_cannot_be() -> None:
