@@ -61,7 +61,7 @@ def find_devices() -> list[dict[str, Any]]:
     import torch
 
     from sana.pipelines.placing import free_memory
-    from sana.pipelines.precision import multiplies_in_fp8
+    from sana.pipelines.precision import has_fp8_at
 
     devices = [
         {
@@ -86,7 +86,7 @@ def find_devices() -> list[dict[str, Any]]:
                 "free": free_memory(f"cuda:{index}"),
                 "total": card.total_memory,
                 "has_bf16": card.major >= 8,
-                "has_fp8": multiplies_in_fp8(f"cuda:{index}"),
+                "has_fp8": has_fp8_at((card.major, card.minor)),
             }
         )
     return devices

@@ -153,9 +153,12 @@ def multiplies_in_bf16() -> bool:
 def multiplies_in_fp8(device: torch.device | str) -> bool:
     """Whether the device multiplies in fp8: NVIDIA's from compute capability 8.9 on."""
     device = torch.device(device)
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= ADA
+    return device.type == "cuda" and has_fp8_at(torch.cuda.get_device_capability(device))
+
+
+def has_fp8_at(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability multiplies in fp8; AMD's count otherwise."""
+    return torch.version.hip is None and capability >= ADA
 
 
 def announce(precision: Precision) -> None:
