@@ -126,6 +126,22 @@ def test_kinds_and_tasks_come_in_their_shares() -> None:
     assert {len(scene.objects) for scene in scenes} == {0, 1, 2, 3, 4}
 
 
+def test_styles_of_training_come_in_their_shares() -> None:
+    world = tiny_world()
+    composer = Composer(world)
+    drawn = [composer.draw(index, seed=3, kind="sticker") for index in range(2000)]
+    styles = [world.styles[scene.objects[0].style] for scene in drawn]
+    counts = [
+        sum(
+            world.sprite_of[c, s] >= 0 and not is_held_out_style(concept.key, style)
+            for c, concept in enumerate(world.concepts)
+        )
+        for s, style in enumerate(world.styles)
+    ]
+    weights = [counts[0] ** 0.5 * 0.3, counts[1] ** 0.5]
+    assert abs(styles.count("flat") / 2000 - weights[1] / sum(weights)) < 0.03
+
+
 def test_objects_stay_inside_and_apart_and_stand_as_the_relation_says() -> None:
     composer = Composer(BIG)
     for index in range(3000):

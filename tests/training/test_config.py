@@ -41,6 +41,7 @@ def test_override_reaches_nested_settings_and_keeps_types() -> None:
         ("data.crop=100", "multiples of 32"),
         ("data.accumulate=3", "not a multiple"),
         ("optimizer.clip=0", "must be positive"),
+        ("data.kinds=scene stickers", "has 'stickers'; known: scene, sticker, avatar"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(change: str, words: str) -> None:

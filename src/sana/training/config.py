@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sana.config import from_json, to_json
+from sana.data.stickers.scene import KINDS, Kind
 from sana.errors import TrainingError
 
 TaskName = Literal["autoencoder", "grounding", "flow", "detector", "alignment", "traits"]
@@ -60,8 +61,9 @@ class DataConfig:
     chunk: int = 1
     """Micro-batches whose new pictures are drawn at once."""
     workers: int = 0
-    even: bool = False
-    """Scenes, stickers and avatars in equal numbers (autoencoders only)."""
+    kinds: str = ""
+    """Kinds of pictures, taken in turn, such as "scene scene sticker avatar"; empty: as the
+    composer draws them (autoencoders and transformers only)."""
     cache: str = ".data/cache"
     """Folder that keeps the pack's rasterised pictures from run to run; empty keeps none."""
     avatars: int = 0
@@ -92,6 +94,15 @@ class DataConfig:
             f"data.reuse {self.reuse} needs data.ring of at least one batch ({self.batch}) and "
             f"the new pictures of a chunk ({new})",
         )
+        self.cycle()
+
+    def cycle(self) -> tuple[Kind, ...]:
+        """`kinds` as a tuple; TrainingError if one is unknown."""
+        named = {str(kind): kind for kind in KINDS}
+        words = self.kinds.split()
+        for word in words:
+            _require(word in named, f"data.kinds has {word!r}; known: {', '.join(KINDS)}")
+        return tuple(named[word] for word in words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from sana.data.stickers.scene import KINDS
 from sana.errors import TrainingError
 from sana.training.config import (
     AutoencoderConfig,
@@ -43,7 +44,9 @@ def sticker_autoencoder() -> TrainConfig:
         optimizer=OptimizerConfig(
             kind="muon", rate=1e-3, beta2=0.99, weight_decay=0.001, warmup=200, decay=0.6
         ),
-        data=DataConfig(size=512, crop=256, batch=96, chunk=8, workers=8, avatars=5000, even=True),
+        data=DataConfig(
+            size=512, crop=256, batch=96, chunk=8, workers=8, avatars=5000, kinds=" ".join(KINDS)
+        ),
         autoencoder=AutoencoderConfig(
             perceptual=0.02, perceptual_crop=64, squared=25.0, log_squared=0.1
         ),
@@ -146,7 +149,7 @@ def sticker_256() -> TrainConfig:
 
 
 def sticker_512() -> TrainConfig:
-    """Second stage: 512 px, 256 tokens, from the 256 px weights."""
+    """Second stage: 512 px, 256 tokens, from the 256 px weights; more stickers, of eight styles."""
     before = sticker_256()
     return replace(
         before,
@@ -154,7 +157,14 @@ def sticker_512() -> TrainConfig:
         steps=10000,
         init="runs/256/model",
         optimizer=replace(before.optimizer, rate=1.5e-3, warmup=200, decay=0.5),
-        data=replace(before.data, size=512, batch=256, reuse=24, ring=1 << 16),
+        data=replace(
+            before.data,
+            size=512,
+            batch=256,
+            reuse=24,
+            ring=1 << 16,
+            kinds="scene sticker scene sticker scene avatar scene sticker",
+        ),
         flow=FlowConfig(shift=2.5),
     )
 

@@ -54,7 +54,7 @@ _TRAIN_TASKS: tuple[Task, ...] = (
     "position",
     "color_attribution",
 )
-_TRAIN_BOUNDS = tuple(accumulate((0.2, 0.14, 0.18, 0.12, 0.19, 0.17)))
+_TRAIN_BOUNDS = tuple(accumulate((0.15, 0.2, 0.15, 0.12, 0.18, 0.2)))
 _NEW_TASKS: tuple[Task, ...] = ("colors", "counting", "two", "position", "color_attribution")
 _RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 _STREAMS: dict[Split, int] = {"train": 1, "held_out": 2}
@@ -63,6 +63,8 @@ _AVATAR_STRIDE = 20
 _TRIES = 200
 # Of every two objects, one is a thing that everybody knows.
 _KNOWN_SHARE = 0.5
+# How often training's stickers have the main style, which scenes show anyway, beside the others.
+_MAIN_SHARE = 0.3
 
 Choice = tuple[int, str | None]
 
@@ -120,6 +122,16 @@ class Composer:
         self._styled = {
             split: tuple(c for c in everything if self._styles[split][c]) for split in self._styles
         }
+        self._in_style = tuple(
+            tuple(c for c in everything if style in self._styles["train"][c])
+            for style in range(len(world.styles))
+        )
+        self._style_bounds = tuple(
+            accumulate(
+                len(concepts) ** 0.5 * (_MAIN_SHARE if style == 0 else 1.0)
+                for style, concepts in enumerate(self._in_style)
+            )
+        )
         faces = range(len(world.avatars))
         kept = [a for a in faces if a % _AVATAR_STRIDE == _AVATAR_STRIDE - 1]
         self._faces: dict[Split, tuple[int, ...]] = {
@@ -332,8 +344,13 @@ class Composer:
         return [color for color in colors if color is not None]
 
     def _draw_sticker(self, dice: Dice, split: Split) -> Scene:
-        concept = dice.pick(self._styled[split])
-        style = dice.pick(self._styles[split][concept])
+        if split == "train":
+            # Between all styles alike and all pairs alike: small styles are no easier to learn.
+            style = dice.weighted(range(len(self.styles)), self._style_bounds)
+            concept = dice.pick(self._in_style[style])
+        else:
+            concept = dice.pick(self._styled[split])
+            style = dice.pick(self._styles[split][concept])
         is_named = dice.chance(0.5)
         is_black = self.styles[style] == "silhouette"
         hues = self._hues([(concept, "black" if is_black else None)])

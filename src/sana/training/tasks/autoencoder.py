@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sana.config import ModelConfig
-from sana.data.stickers.scene import KINDS
 from sana.data.stickers.stream import SceneStream, Studio, random_crops
 from sana.distributed import Place
 from sana.models.dcae import DCAE
@@ -67,7 +66,7 @@ class AutoencoderTask:
             seed=self.config.seed,
             place=(self.place.rank, self.place.world),
             chunk=self.config.data.chunk,
-            kinds=KINDS if self.config.data.even else (),
+            kinds=self.config.data.cycle(),
         )
 
     def warm_up(self, micro: int) -> int:

@@ -78,6 +78,7 @@ class FlowTask:
             place=(self.place.rank, self.place.world),
             tokenizer=self.text.tokenizer,
             tokens=data.tokens,
+            kinds=data.cycle(),
         )
 
     def _fresh(self) -> int:
