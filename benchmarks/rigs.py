@@ -9,6 +9,7 @@ peer is our own network with the plain ops. Start reading at `Rig`.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -20,7 +21,9 @@ from benchmarks.parity import Networks, filled, rel_rms, shrunk
 from gemmas import TINY, gemma_tokenizer, peer_tokenizer
 from sana.config import GemmaConfig, ModelConfig, TextConfig, with_reference
 from sana.kernels.ops import force
+from sana.kernels.reference import FP8
 from sana.models.gemma import Gemma2
+from sana.models.rounding import narrow
 from sana.models.tiling import decode_tiled
 from sana.pipelines.pipeline import Pipeline
 from sana.pipelines.timing import last_latent
@@ -38,7 +41,9 @@ PROMPT = (
 FP32_BOUND = 1e-5
 RATIO_BOUND = 1.5
 LOOP_BOUND = 2.0
-"""A run of 20 steps adds up the rounding of each, and two runs that are alike differ by a third."""
+FP8_BOUND = 6.0
+"""A run of 20 steps adds up the rounding of each, and two runs that are alike differ by a third.
+A product in fp8 is coarser by 16 than one in bf16; a result may be so by `FP8_BOUND`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +100,24 @@ class Rig:
     """A model by the name of its preset, of random weights, ours and the peer's."""
 
     def __init__(
-        self, name: str, texts: Texts, autoencoder: Networks, config: ModelConfig, *, batch: int
+        self,
+        name: str,
+        texts: Texts,
+        autoencoder: Networks,
+        config: ModelConfig,
+        *,
+        batch: int,
+        in_fp8: bool = False,
     ) -> None:
         self.name, self.texts, self.autoencoder, self.config = name, texts, autoencoder, config
         self.device = autoencoder.ours[NARROW].decoder.stem.weight.device
         self.has_peer = texts.theirs is not None
         self.dit = Networks(config.dit, self.device, has_peer=self.has_peer)
-        self.ours = Pipeline(self._components(NARROW), batch=batch)
+        self.narrow = FP8 if in_fp8 else NARROW
+        if in_fp8:
+            self.dit.ours[FP8] = copy.deepcopy(self.dit.ours[NARROW])
+            narrow(self.dit.ours[FP8], FP8)
+        self.ours = Pipeline(self._components(self.narrow), batch=batch)
         self.peer: Any = self._peer() if self.has_peer else None
 
     @property
@@ -147,8 +163,9 @@ class Rig:
                 with force("reference"):
                     reference, wide = velocity("ours", WIDE), None
                     theirs = rel_rms(reference, velocity("ours", NARROW))
-            ours = rel_rms(reference, velocity("ours", NARROW))
-        return Check(what="velocity", ours=ours, theirs=theirs, bound=RATIO_BOUND, wide=wide)
+            ours = rel_rms(reference, velocity("ours", self.narrow))
+        bound = self._bound(RATIO_BOUND)
+        return Check(what="velocity", ours=ours, theirs=theirs, bound=bound, wide=wide)
 
     def velocity(self, side: int, count: int = 2) -> Callable[[str, torch.dtype], Tensor]:
         """(ours or theirs, dtype) -> velocity of the same latents, times and texts."""
@@ -210,19 +227,23 @@ class Rig:
             what=f"{request.steps} step" + "s" * (request.steps != 1),
             ours=rel_rms(expected, torch.cat(ours)),
             theirs=rel_rms(expected, torch.cat(theirs)),
-            bound=LOOP_BOUND,
+            bound=self._bound(LOOP_BOUND),
         )
 
     def _plain(self, request: Request) -> Tensor:
         with force("reference"):
-            return last_latent(Pipeline(self.ours.components), request)
+            return last_latent(Pipeline(self._components(NARROW)), request)
+
+    def _bound(self, of_bf16: float) -> float:
+        return FP8_BOUND if self.narrow == FP8 else of_bf16
 
     def _components(self, dtype: torch.dtype) -> Components:
+        beside = NARROW if dtype == FP8 else dtype
         return Components(
             config=self.config,
             dit=self.dit.ours[dtype],
-            autoencoder=self.autoencoder.ours[dtype],
-            text=self.texts.ours[dtype],
+            autoencoder=self.autoencoder.ours[beside],
+            text=self.texts.ours[beside],
             header={},
         )
 

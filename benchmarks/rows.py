@@ -26,6 +26,8 @@ class Row:
     peer: float | None = None
     floor: float | None = None
     target: float | None = None
+    in_fp8: bool = False
+    """The transformer's large products; checked by wider bounds."""
 
     @property
     def is_rate(self) -> bool:
@@ -53,6 +55,7 @@ MEDIUM, SMALL = "sana-1600m-1024-bf16", "sana-600m-1024"
 SPRINT, SMALL_SPRINT = "sana-sprint-1600m-1024", "sana-sprint-600m-1024"
 ROWS = (
     Row(name="1.6B-b1", kind="picture", model=MEDIUM, peer=381, floor=164, target=225),
+    Row(name="1.6B-b1-fp8", kind="picture", peer=381, target=155, in_fp8=True),
     Row(name="1.6B-4096", kind="forward", pixels=4096, peer=340, floor=115, target=165),
     Row(name="dc-ae-1024", kind="decode", peer=21.8, floor=10.6, target=15.5),
     Row(name="0.6B-b1", kind="picture", model=SMALL, peer=266, floor=70, target=115),
@@ -77,6 +80,7 @@ ROWS = (
     ),
     Row(name="dc-ae-4096", kind="decode", pixels=4096, peer=1456, floor=170, target=320),
     Row(name="1.6B-b16", kind="picture", batch=16, peer=3.48, floor=6.7, target=4.8),
+    Row(name="1.6B-b16-fp8", kind="picture", batch=16, peer=3.48, target=6.5, in_fp8=True),
     Row(name="0.6B-b16", kind="picture", model=SMALL, batch=16, peer=5.98, floor=17, target=10),
     Row(name="cold", kind="cold", peer=34_000, target=12_000),
 )

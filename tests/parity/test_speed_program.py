@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,24 @@ def test_a_fast_wrong_network_reports_nothing(
     row = data["rows"]["sprint-0.6B-s1"]
     assert code == 1 and "ours" not in row and row["disagrees"].startswith("1 step: ")
     assert "| sprint-0.6B-s1 | - | - | 101 | 15 | 28 | disagrees" in page
+
+
+def test_a_row_in_fp8_is_held_to_bf16_and_drawn_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[str] = []
+    timed = generate.time_request
+
+    def watch(pipeline: Any, *rest: Any, **options: Any) -> Any:
+        drawn.append(pipeline.dtype)
+        return timed(pipeline, *rest, **options)
+
+    monkeypatch.setattr(generate, "time_request", watch)
+    _, data, _ = run(monkeypatch, tmp_path, "--only", "1.6B-b1-fp8", "--peer", "none")
+    row = data["rows"]["1.6B-b1-fp8"]
+    assert drawn == ["fp8"] and row["ours"]["median_ms"] > 0
+    ours, peer = (float(word) for word in re.findall(r"\d\.\d+e-\d+", row["checks"][0]))
+    assert 1.3 * peer < ours < rigs.FP8_BOUND * peer
 
 
 def test_a_failing_row_does_not_take_the_others(
