@@ -8,13 +8,15 @@ Draws each prompt 64 times, has every picture scored once by each judge and mark
 the grader (a detector trained with another seed on other pictures), and computes every N from these
 draws: the expected mark of the judge's choice among N of them, exact over all subsets, with a
 bootstrap over prompts. Prompts are held out and not the graded ones. It stops drawing when the next
-group of six prompts would not fit into --seconds; what was drawn by then is reported.
+group of six prompts would not fit into --seconds; what was drawn by then is reported, and the same
+command goes on from there. Under torchrun the groups are shared.
 Writes best-of.json and best-of.png to --output and prints a table last.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ from sana.data.stickers.sprites import load_world
 from sana.data.stickers.stream import Studio
 from sana.data.stickers.tiny import tiny_world
 from sana.data.stickers.world import World
+from sana.distributed import barrier, gather, session
 from sana.evaluation.alignment import read as read_alignment
 from sana.evaluation.detector import load as load_detector
 from sana.evaluation.judges import StickerJudge
@@ -61,33 +64,75 @@ class Draws:
 def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     options = parse(arguments)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    world = open_world(options)
-    grader = Judge(
-        detector=load_detector(options.grader, world, device),
-        world=world,
-        studio=Studio.open(world, torch.device(device)),
-    )
-    judges = {name: open_judge(name, path, world, device) for name, path in options.judge}
-    components = load(options.model, device=device, dtype=torch.float32)
-    draw = drawer(components, Settings(steps=options.steps, batch=options.batch))
-    cases = held_out_prompts(world, options.prompts, options.case_seed)
-    own = summarize(score(render_truth(cases, grader), cases, grader))
-    print(f"ready after {time.monotonic() - started:.1f} s", flush=True)
-    draws: list[Draws] = []
-    for start in range(0, len(cases), len(TASKS)):
-        began = time.monotonic()
-        for number, case in enumerate(cases[start : start + len(TASKS)], start):
-            seeds = [options.seed + number * options.count + k for k in range(options.count)]
-            pictures = draw([case.prompt] * options.count, seeds)
-            draws.append(judged(case, pictures, grader, judges))
-        took = time.monotonic() - began
-        print(f"{len(draws)} prompts, {took:.1f} s for the last six", flush=True)
-        kept = [{"prompt": d.case.prompt, "marks": d.marks, "scores": d.scores} for d in draws]
-        write_json(Path(options.output) / "so-far.json", {"draws": kept})
-        if time.monotonic() - started + 1.1 * took + RESERVE > options.seconds:
-            break
-    report(draws, own, options, time.monotonic() - started)
+    wanted = options.device or "auto"
+    with session(wanted.partition(":")[0]) as place:
+        device = str(place.device) if place.world > 1 else options.device or place.device.type
+        world = open_world(options)
+        grader = Judge(
+            detector=load_detector(options.grader, world, device),
+            world=world,
+            studio=Studio.open(world, torch.device(device)),
+        )
+        judges = {name: open_judge(name, path, world, device) for name, path in options.judge}
+        components = load(options.model, device=device, dtype=torch.float32)
+        draw = drawer(components, Settings(steps=options.steps, batch=options.batch))
+        cases = held_out_prompts(world, options.prompts, options.case_seed)
+        own = summarize(score(render_truth(cases, grader), cases, grader))
+        print(f"ready after {time.monotonic() - started:.1f} s", flush=True)
+        kept = Kept.open(options, cases)
+        barrier(place)
+        mine: dict[int, Draws] = {}
+        groups = [n for n in range(0, len(cases), len(TASKS)) if n not in kept.draws]
+        for start in groups[place.rank :: place.world]:
+            began = time.monotonic()
+            for number, case in enumerate(cases[start : start + len(TASKS)], start):
+                seeds = [options.seed + number * options.count + k for k in range(options.count)]
+                pictures = draw([case.prompt] * options.count, seeds)
+                mine[number] = judged(case, pictures, grader, judges)
+            took = time.monotonic() - began
+            print(f"{len(mine)} prompts, {took:.1f} s for the last six", flush=True)
+            kept.write(mine, place.rank)
+            if time.monotonic() - started + 1.1 * took + RESERVE > options.seconds:
+                break
+        draws = kept.draws | {n: d for part in gather(mine, place) for n, d in part.items()}
+        if place.is_main:
+            in_order = [draws[n] for n in sorted(draws)]
+            report(in_order, own, options, time.monotonic() - started)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What earlier runs of the same question drew, by the prompt's number, and where it is."""
+
+    folder: Path
+    question: str
+    draws: dict[int, Draws]
+
+    @staticmethod
+    def open(options: argparse.Namespace, cases: Sequence[PromptCase]) -> Kept:
+        """Reads every `so-far-*.json` of the folder that answers the same question."""
+        asked = (options.model, options.steps, options.count, options.case_seed, options.seed)
+        question = repr((asked, options.grader, sorted(options.judge)))
+        draws: dict[int, Draws] = {}
+        for path in sorted(Path(options.output).glob("so-far-*.json")):
+            found = json.loads(path.read_text("utf-8"))
+            if found["question"] != question:
+                continue
+            draws |= {
+                int(n): Draws(case=cases[int(n)], marks=row["marks"], scores=row["scores"])
+                for n, row in found["draws"].items()
+                if int(n) < len(cases) and cases[int(n)].prompt == row["prompt"]
+            }
+        return Kept(folder=Path(options.output), question=question, draws=draws)
+
+    def write(self, mine: dict[int, Draws], rank: int) -> None:
+        """What this process drew, beside what was there."""
+        rows = {
+            n: {"prompt": d.case.prompt, "marks": d.marks, "scores": d.scores}
+            for n, d in (self.draws | mine).items()
+        }
+        record = {"question": self.question, "draws": rows}
+        write_json(self.folder / f"so-far-{rank}.json", record)
 
 
 def judged(case: PromptCase, pictures: Tensor, grader: Judge, judges: dict[str, Scorer]) -> Draws:

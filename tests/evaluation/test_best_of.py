@@ -114,6 +114,33 @@ def test_the_program_reports_what_fits_into_the_time(
     assert "6 prompts x 2 draws" in capsys.readouterr().out
 
 
+def test_a_second_run_goes_on_and_gets_what_one_run_gets(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [*arguments(models, tmp_path / "whole")[:-1], "1000"]
+    best_of.main(whole)
+    drawn: list[str] = []
+    plain = best_of.judged
+
+    def watch(case: PromptCase, *rest: Any) -> best_of.Draws:
+        drawn.append(case.prompt)
+        return plain(case, *rest)
+
+    monkeypatch.setattr(best_of, "judged", watch)
+    parts = arguments(models, tmp_path / "parts")
+    best_of.main(parts)
+    first = list(drawn)
+    best_of.main(parts)
+    one, two = (
+        json.loads((tmp_path / name / "best-of.json").read_text())["marks"]
+        for name in ("whole", "parts")
+    )
+    assert len(first) == 6 and len(drawn) == 12 and len(set(drawn)) == 12
+    assert one == two
+    best_of.main([*parts, "--seed", "5"])
+    assert drawn[12:] == first, "another question begins anew"
+
+
 def test_a_judge_may_not_grade_itself(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
