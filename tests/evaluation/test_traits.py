@@ -188,8 +188,14 @@ def test_marks_and_their_means() -> None:
         "hair": True,
         "glasses": False,
     }
-    shares = summarize([[mark(case, {"hair": "a bun"})], [{"hair": False}], [{"style": True}]])
-    assert shares["style"].value == 1 and shares["portrait: hair"].value == 0.5
+    flat, retro = (
+        TraitCase(prompt="x", wanted={"style": style}, scene=scene) for style in ("flat", "retro")
+    )
+    marks = [[mark(case, {"hair": "a bun"})], [{"hair": False}]]
+    marks += [[{"style": True}], [{"style": False}], [{"style": True}]]
+    shares = summarize(marks, [case, case, flat, flat, retro])
+    assert shares["style: flat"].value == 0.5 and shares["style: retro"].value == 1
+    assert shares["style"].value == pytest.approx(2 / 3) and shares["portrait: hair"].value == 0.5
     assert shares["portrait"].value == pytest.approx((0.5 + 0) / 2)
     assert shares["portrait: glasses"].count == 1
 

@@ -66,7 +66,8 @@ class TraitCase:
 class TraitResult:
     """Shares of right attributes: of the model's pictures, and of renders of the same cases.
 
-    Keys are "style", "portrait" (all attributes asked for) and "portrait: hair" and so on.
+    Keys are "style", "portrait" (all attributes asked for), "style: flat", "portrait: hair" and so
+    on.
     """
 
     model: dict[str, Share]
@@ -143,8 +144,10 @@ def evaluate_traits(
     ]
     own = [mark(case, found) for case, found in zip(cases, rendered, strict=True)]
     return TraitResult(
-        model=summarize([marks[i : i + len(seeds)] for i in range(0, len(marks), len(seeds))]),
-        judge=summarize([[one] for one in own]),
+        model=summarize(
+            [marks[i : i + len(seeds)] for i in range(0, len(marks), len(seeds))], cases
+        ),
+        judge=summarize([[one] for one in own], cases),
     )
 
 
@@ -156,12 +159,19 @@ def mark(case: TraitCase, found: dict[str, Any]) -> dict[str, bool]:
     return {slot: found.get(slot) == words for slot, words in case.wanted.items()}
 
 
-def summarize(marks: Sequence[Sequence[dict[str, bool]]]) -> dict[str, Share]:
+def summarize(
+    marks: Sequence[Sequence[dict[str, bool]]], cases: Sequence[TraitCase]
+) -> dict[str, Share]:
     """Shares over prompts; marks are [prompts][seeds] with slots, each slot of a prompt alike."""
     shares: dict[str, Share] = {}
     slots = sorted({slot for row in marks for one in row for slot in one})
     if STYLE in slots:
         shares[STYLE] = bootstrap([[one[STYLE] for one in row] for row in marks if STYLE in row[0]])
+        by_style: dict[str, list[list[bool]]] = {}
+        for row, case in zip(marks, cases, strict=True):
+            if STYLE in row[0]:
+                by_style.setdefault(case.wanted[STYLE], []).append([one[STYLE] for one in row])
+        shares |= {f"style: {name}": bootstrap(by_style[name]) for name in sorted(by_style)}
     portraits = [slot for slot in slots if slot != STYLE]
     if portraits:
         rows = [
