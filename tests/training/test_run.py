@@ -24,10 +24,10 @@ from sana.training import journal, loop
 from sana.training.journal import make_grid
 from sana.training.loop import Progress, train
 from sana.training.perceptual import Perceptual
-from sana.training.recipes import RECIPES
-from sana.training.run import run
+from sana.training.recipes import RECIPES, plan
+from sana.training.run import make_task, run
 from sana.training.tasks.grounding import load_refiner
-from sana.weights.load import load, load_autoencoder, load_dit
+from sana.weights.load import find_folder, load, load_autoencoder, load_dit
 from tests.numerics import assert_detects
 from tests.training.lines import CPU, LineTask, make_config
 from tests.training.small import SMALL
@@ -138,6 +138,14 @@ def test_the_flow_run_starts_from_the_grounded_refiner(runs: Path) -> None:
 
     check(refiner)
     assert_detects(check, {name: value * 1.01 + 0.01 for name, value in refiner.items()})
+
+
+def test_a_run_starts_from_a_model_by_its_name() -> None:
+    rest = ("data.pack=tiny", "compile=false", "flow.autoencoder=sticker-512")
+    task = make_task(plan("sticker-512", ["init=sticker-512", *rest]), CPU)
+    trained = task.phases[0].module.state_dict()["blocks.0.attention.qkv.weight"]
+    shipped = load_dit(find_folder("sticker-512")).state_dict()["blocks.0.attention.qkv.weight"]
+    assert torch.equal(trained, shipped)
 
 
 def test_what_two_stages_made_draws_a_picture(runs: Path, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ class TrainConfig:
     steps: int
     folder: str = "runs/latest"
     init: str = ""
-    """Checkpoint folder or model folder to start from; empty starts from random weights."""
+    """Model to start from, a name or a folder, also a run's; empty starts from random weights."""
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False

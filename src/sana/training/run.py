@@ -76,7 +76,7 @@ def _autoencoder(config: TrainConfig, model: ModelConfig, studio: Studio, place:
 
     network = DCAE(model.autoencoder)
     if config.init:
-        source = weights.load_autoencoder(Path(config.init))
+        source = weights.load_autoencoder(weights.find_folder(config.init))
         weights.assign(network, source.state_dict(), config.init)
         network.config = source.config
     if config.compile:
@@ -110,7 +110,7 @@ def _flow(config: TrainConfig, model: ModelConfig, studio: Studio, place: Place)
         assert network.refiner is not None
         weights.assign(network.refiner, load_refiner(grounded), str(grounded))
     elif config.init:
-        source = weights.load_dit(Path(config.init))
+        source = weights.load_dit(weights.find_folder(config.init))
         weights.assign(network, source.state_dict(), config.init)
     if config.compile:
         _compile(list(network.blocks))
