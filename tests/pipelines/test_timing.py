@@ -28,6 +28,10 @@ def test_quantiles_are_torchs(count: int) -> None:
     assert spread.as_json()["runs"] == count
 
 
+# Longer than a stage takes on a machine that other programs keep busy.
+DELAY = 0.1
+
+
 def test_a_thing_is_timed_often_enough_and_after_its_first_time() -> None:
     calls: list[int] = []
 
@@ -54,7 +58,7 @@ def test_stages_are_what_takes_the_time() -> None:
         plain = getattr(target, name)
 
         def slow(*inputs: Any, **options: Any) -> Any:
-            time.sleep(0.05)
+            time.sleep(DELAY)
             return plain(*inputs, **options)
 
         setattr(target, name, slow)
@@ -62,11 +66,11 @@ def test_stages_are_what_takes_the_time() -> None:
 
     def check(stage: str, slow: str) -> None:
         timing = slowed(slow)
-        assert getattr(timing, stage).median >= 0.05
+        assert getattr(timing, stage).median >= DELAY
         assert timing.whole.median >= getattr(timing, stage).median
         others = {"text", "steps", "decode"} - {stage}
-        assert all(getattr(timing, other).median < 0.05 for other in others)
-        assert timing.first > 0.05 and timing.peak > 2**20
+        assert all(getattr(timing, other).median < DELAY for other in others)
+        assert timing.first > DELAY and timing.peak > 2**20
         assert set(timing.as_json()) >= {"first_ms", "peak_bytes", "whole", *others}
 
     for stage in ("text", "steps", "decode"):
