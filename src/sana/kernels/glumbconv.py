@@ -1,4 +1,4 @@
-"""The middle of the mix-FFN in one pass, forward only (Sana, arXiv 2410.10629, section 2.2).
+"""The middle of the mix-FFN in one pass (Sana, arXiv 2410.10629, section 2.2).
 
 From the expanded map x (B, H, W, 2F): out = value * silu(gate), where value and gate are the halves
 of depthwise3x3(silu(x)) + bias. A program walks along two rows of the map, a block of channels at a
@@ -136,9 +136,13 @@ def _glu_depthwise(
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether the kernel takes the inputs: one dtype of at most 32 bits, a sample within 2^31."""
-    alike = x.dtype == weight.dtype == bias.dtype and x.is_floating_point()
-    return alike and x.dtype.itemsize <= 4 and x[0].numel() < 2**31
+    """Whether the kernels take these, this one and those of the gradients.
+
+    x has at most 32 bits and a sample less than 2^31 values; weights are in its dtype or, as under
+    autocast, in fp32.
+    """
+    alike = weight.dtype == bias.dtype and weight.dtype in (x.dtype, torch.float32)
+    return alike and x.is_floating_point() and x.dtype.itemsize <= 4 and x[0].numel() < 2**31
 
 
 @op("glu_depthwise")

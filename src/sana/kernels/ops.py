@@ -300,8 +300,8 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     elif allows("glu_gradient") and uses_triton(x):
         from sana.kernels import glumbconv, glumbconv_gradient
 
-        if glumbconv.supports(x, weight, bias) and glumbconv_gradient.supports(x, weight, bias):
-            trained: Tensor = glumbconv.glu_depthwise(x, weight, bias, False)
+        if glumbconv.supports(x, weight, bias):
+            trained: Tensor = glumbconv_gradient.trained(x, weight, bias)
             return trained
     # One name, so that no map of 2F channels outlives its use.
     x = reference.silu_depthwise(x, weight, bias)
