@@ -38,4 +38,9 @@ def asks_gradient(inputs: tuple[Any, ...]) -> bool:
     """Whether autograd has to see what is made of these."""
     if not torch.is_grad_enabled():
         return False
-    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    return any(
+        part.requires_grad
+        for value in inputs
+        for part in (value if isinstance(value, list) else (value,))
+        if isinstance(part, Tensor)
+    )

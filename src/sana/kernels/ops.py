@@ -102,6 +102,8 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
 
 def modulate(x: Tensor, shift: Row, scale: Row, dtype: torch.dtype | None = None) -> Tensor:
     """LN(x) (1 + scale) + shift of x (B, N, C); see `reference.modulate`."""
+    if trains_norms(x, *shift, *scale):
+        return _trained_norm(x, None, (shift, scale))[1]
     if not _fuses(x, *shift, *scale):
         return reference.modulate(x, shift.sum(), scale.sum(), dtype=dtype)
     from sana.kernels import norms
@@ -113,6 +115,8 @@ def modulate(x: Tensor, shift: Row, scale: Row, dtype: torch.dtype | None = None
 def add_branch(x: Tensor, branch: Branch) -> Tensor:
     """x + gate * clip(value); see `reference.add_branch`."""
     gate = branch.gate or ()
+    if trains_norms(x, branch.value, *gate):
+        return _trained_norm(x, branch, None)[0]
     if not _fuses(x, branch.value, *gate):
         return reference.add_branch(x, branch)
     from sana.kernels import norms
@@ -127,6 +131,8 @@ def add_and_modulate(
 ) -> tuple[Tensor, Tensor]:
     """`add_branch`, and `modulate` of its result, in one pass."""
     gate = branch.gate or ()
+    if trains_norms(x, branch.value, *gate, *shift, *scale):
+        return _trained_norm(x, branch, (shift, scale))
     if not _fuses(x, branch.value, *gate, *shift, *scale):
         total = reference.add_branch(x, branch)
         return total, reference.modulate(total, shift.sum(), scale.sum(), dtype=dtype)
@@ -136,6 +142,15 @@ def add_and_modulate(
         x, branch.value, [*gate], [*shift], [*scale], NORM_EPS, branch.limit or 0.0
     )
     return total, normed
+
+
+def add_and_round(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
+    """`add_branch`, and its result as a product takes it: perhaps in the branch's dtype."""
+    if trains_norms(x, branch.value, *(branch.gate or ())):
+        total, rounded = _trained_norm(x, branch, None, rounds=True)
+        return total, rounded if rounded.numel() else total
+    total = add_branch(x, branch)
+    return total, total
 
 
 def add_and_scale(
@@ -345,6 +360,28 @@ def knows_prompt_attention(x: Tensor, head_dim: int, cap: float) -> bool:
 def is_inference(*tensors: Tensor) -> bool:
     """Whether no gradient can be asked of a result of these."""
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def trains_norms(x: Tensor, *others: Tensor) -> bool:
+    """Whether residuals and norms of these have gradients by kernels."""
+    if not allows("norm_gradient") or is_inference(x, *others) or not uses_triton(x):
+        return False
+    from sana.kernels import norms_gradient
+
+    return norms_gradient.supports(x, *others)
+
+
+def _trained_norm(
+    x: Tensor, branch: Branch | None, modulation: tuple[Row, Row] | None, *, rounds: bool = False
+) -> tuple[Tensor, Tensor]:
+    from sana.kernels import norms_gradient
+
+    value, gate, limit = branch or (None, None, None)
+    shift, scale = ([*row] for row in modulation or ((), ()))
+    total, normed = norms_gradient.trained_norm(
+        x, value, [*(gate or ())], shift, scale, NORM_EPS, limit or 0.0, rounds
+    )
+    return total, normed
 
 
 def _fuses(x: Tensor, *others: Tensor) -> bool:

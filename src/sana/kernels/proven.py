@@ -34,6 +34,7 @@ Way: TypeAlias = Literal[
     "gemma_joined",
     "scaled_rows",
     "glu_gradient",
+    "norm_gradient",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -77,6 +78,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "scaled_rows": LATER,
         # Training: the mix-FFN's middle and its gradients by kernels.
         "glu_gradient": None,
+        # Training: residual, norm and modulation with their gradients by kernels.
+        "norm_gradient": None,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -262,7 +262,8 @@ class LinearDiT(Stem):
             time if isinstance(time, Moment) else self.embed_time(time, guidance)
         )
         texts, bias = self.block_texts(embedded, mask)
-        is_open = residuals is None and not torch.is_grad_enabled() and ops.uses_triton(x)
+        fuses = not torch.is_grad_enabled() or ops.trains_norms(x, modulation)
+        is_open = residuals is None and fuses and ops.uses_triton(x)
         whole: Tensor | Open = x
         del x
         for index, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
@@ -371,5 +372,4 @@ def summed(x: Tensor, branch: Branch, dtype: torch.dtype) -> tuple[Tensor, Tenso
     """The tokens with their branch, and the same as a product in `dtype` takes it."""
     if dtype == FP8:
         return ops.add_and_scale(x, branch, None)
-    total = ops.add_branch(x, branch)
-    return total, total
+    return ops.add_and_round(x, branch)
