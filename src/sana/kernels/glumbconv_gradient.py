@@ -4,8 +4,8 @@ With s = silu(x), (v, g) = depthwise3x3(s) + bias and out = v silu(g): a first p
 anew and writes their gradients dv = dout silu(g), dg = dout v silu'(g); on its way it sums those of
 the weights, dW[tap] = sum over cells of d[cell] s[cell + tap], a row of sums for each program. A
 second pass makes dx = silu'(x) (d convolved with the weights turned round). Programs walk along two
-rows as in the forward pass, three columns of them in registers. Products and sums are fp32, SiLU is
-XXX, and nothing depends on the order in which programs run.
+rows as in the forward pass, three columns of them in registers. Products and sums are fp32, and
+nothing depends on the order in which programs run.
 
 Shape letters: B batch, H W grid, F channels of value or gate, C = 2F, P rows of sums.
 """
@@ -69,6 +69,13 @@ def _sigmoid(x, FAST: tl.constexpr):
 def _slope(x, s):
     """The derivative of silu, with the sigmoid of x."""
     return s * (1 + x * (1 - s))
+
+
+@triton.jit
+def _gate_gradients(out, value, gate, FAST: tl.constexpr):
+    """Of value and gate, from the gradient of value * silu(gate)."""
+    s = _sigmoid(gate, FAST)
+    return out * gate * s, out * value * _slope(gate, s)
 
 
 @triton.jit
@@ -138,11 +145,10 @@ def _depthwise_gradients(
             out_1 = load_cell(g_ptr, h + 1, w - 1, H, W, F, v, lower)
             gate_0 = _convolve(bias_g, taps_g, ag, bg, cg, 0)
             gate_1 = _convolve(bias_g, taps_g, ag, bg, cg, 1)
-            open_0, open_1 = _sigmoid(gate_0, FAST), _sigmoid(gate_1, FAST)
-            dg_0 = out_0 * _convolve(bias_v, taps_v, av, bv, cv, 0) * _slope(gate_0, open_0)
-            dg_1 = out_1 * _convolve(bias_v, taps_v, av, bv, cv, 1) * _slope(gate_1, open_1)
-            dv_0 = out_0 * gate_0 * open_0
-            dv_1 = out_1 * gate_1 * open_1
+            value_0 = _convolve(bias_v, taps_v, av, bv, cv, 0)
+            value_1 = _convolve(bias_v, taps_v, av, bv, cv, 1)
+            dv_0, dg_0 = _gate_gradients(out_0, value_0, gate_0, FAST)
+            dv_1, dg_1 = _gate_gradients(out_1, value_1, gate_1, FAST)
             at = d_ptr + (h * W + w - 1) * C + v
             tl.store(at, dv_0.to(d_ptr.dtype.element_ty), mask=v < last)
             tl.store(at + F, dg_0.to(d_ptr.dtype.element_ty), mask=v < last)
@@ -215,7 +221,8 @@ def glu_depthwise_backward(
         SEGMENT=segment, BLOCK_F=SUMMING_F, FAST=fast, num_warps=SUMMING_WARPS,
     )  # fmt: skip
     _input_gradients[(triton.cdiv(C, BLOCK_C), pairs * segments, B)](
-        x, weight, d, dx, H, W, C, segments, SEGMENT=segment, BLOCK_C=BLOCK_C, FAST=fast, num_warps=NUM_WARPS,
+        x, weight, d, dx, H, W, C, segments, SEGMENT=segment, BLOCK_C=BLOCK_C, FAST=fast,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return dx, sums.sum(0)
 

@@ -238,8 +238,8 @@ def _launch_residual(
         *(part for row in parts for part in row), N, C, eps, limit,
         *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in parts),
         HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
-        HAS_NORM=bool(scale), ROUNDS=rounds and normed.numel() > 0, IN_ROWS=scales is not None, NATIVE=x.is_cuda,
-        BLOCK=block, num_warps=warps(block),
+        HAS_NORM=bool(scale), ROUNDS=rounds and normed.numel() > 0, IN_ROWS=scales is not None,
+        NATIVE=x.is_cuda, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
 
 

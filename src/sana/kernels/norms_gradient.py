@@ -31,6 +31,29 @@ GATE, SHIFT, SCALE = range(3)
 
 
 @triton.jit
+def _load_row(table, time, c, C):
+    """A block's row and the time's, summed."""
+    own = tl.load(table + c, mask=c < C, other=0.0).to(tl.float32)
+    return own + tl.load(time + c, mask=c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_gradient(g, scale, x, inside, C, eps):
+    """From g for normed: the gradient of x, and what g says of the scale."""
+    centered = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
+    unit = centered * rstd
+    of_scale = g * unit
+    g = g * scale
+    return rstd * (g - tl.sum(g, 0) / C - unit * (tl.sum(g * unit, 0) / C)), of_scale
+
+
+@triton.jit
+def _clip(x, limit, HAS_LIMIT: tl.constexpr):
+    return tl.minimum(tl.maximum(x, -limit), limit) if HAS_LIMIT else x
+
+
+@triton.jit
 def _norm_gradients(
     dtotal_ptr, dnormed_ptr, total_ptr, branch_ptr, dx_ptr, dbranch_ptr, sums_ptr,
     gate_table, gate_time, scale_table, scale_time, N, C, eps, limit, gB, cB,
@@ -41,49 +64,33 @@ def _norm_gradients(
     """dx and dbranch of TOKENS tokens of a sample, and their sums (3, C) for the rows."""
     part, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    sum_gate = tl.zeros((BLOCK,), tl.float32)
-    sum_shift = tl.zeros((BLOCK,), tl.float32)
-    sum_scale = tl.zeros((BLOCK,), tl.float32)
-    if HAS_GATE:
-        gate = tl.load(gate_table + c, mask=c < C, other=0.0).to(tl.float32)
-        gate += tl.load(gate_time + batch * gB + c, mask=c < C, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        scale = 1 + tl.load(scale_table + c, mask=c < C, other=0.0).to(tl.float32)
-        scale += tl.load(scale_time + batch * cB + c, mask=c < C, other=0.0).to(tl.float32)
+    o = tl.zeros((BLOCK,), tl.float32)
+    sum_gate, sum_shift, sum_scale = o, o, o
+    # Without a gate it is 1, without a norm nobody reads the scale; either then costs nothing.
+    gate = _load_row(gate_table, gate_time + batch * gB, c, C) if HAS_GATE else o + 1
+    scale = 1 + _load_row(scale_table, scale_time + batch * cB, c, C) if HAS_NORM else o
     for index in range(TOKENS):
         n = part * TOKENS + index
         inside = c < tl.where(n < N, C, 0)
         at = (batch * N + n) * C + c
-        d = tl.zeros((BLOCK,), tl.float32)
+        d = o
+        if HAS_DNORMED:
+            d = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_DNORMED and HAS_NORM:
+            x = tl.load(total_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sum_shift += d
+            d, of_scale = _norm_gradient(d, scale, x, inside, C, eps)
+            sum_scale += of_scale
         if HAS_DTOTAL:
             d += tl.load(dtotal_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_DNORMED:
-            g = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                x = tl.load(total_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                centered = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
-                rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
-                unit = centered * rstd
-                sum_shift += g
-                sum_scale += g * unit
-                g = g * scale
-                g = rstd * (g - tl.sum(g, 0) / C - unit * (tl.sum(g * unit, 0) / C))
-            d += g
         tl.store(dx_ptr + at, d.to(dx_ptr.dtype.element_ty), mask=inside)
         if HAS_BRANCH:
-            of_branch = d
+            branch = o
             if HAS_GATE or HAS_LIMIT:
                 branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if HAS_GATE:
-                value = branch
-                if HAS_LIMIT:
-                    value = tl.minimum(tl.maximum(branch, -limit), limit)
-                sum_gate += tl.where(inside, d * value, 0.0)
-                of_branch = d * gate
-            if HAS_LIMIT:
-                of_branch = tl.where(tl.abs(branch) <= limit, of_branch, 0.0)
-            at_branch = dbranch_ptr + at
-            tl.store(at_branch, of_branch.to(dbranch_ptr.dtype.element_ty), mask=inside)
+                sum_gate += tl.where(inside, d * _clip(branch, limit, HAS_LIMIT), 0.0)
+            d = tl.where(tl.abs(branch) <= limit, d * gate, 0.0) if HAS_LIMIT else d * gate
+            tl.store(dbranch_ptr + at, d.to(dbranch_ptr.dtype.element_ty), mask=inside)
     at = sums_ptr + (batch * tl.num_programs(0) + part) * 3 * C + c
     tl.store(at, sum_gate, mask=c < C)
     tl.store(at + C, sum_shift, mask=c < C)
