@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana.kernels.launching import Op, op
+from sana.kernels.launching import Op, asks_gradient, op
 
 
 def double(x: Tensor, by: float) -> Tensor:
@@ -38,6 +38,14 @@ def test_a_gradient_passes_through_the_op() -> None:
     x = torch.ones(2, requires_grad=True)
     tripled(x, 3.0).sum().backward()
     assert torch.equal(x.grad, torch.full((2,), 3.0))
+
+
+def test_a_gradient_is_seen_in_a_list_of_tensors() -> None:
+    wanted = torch.ones(2, requires_grad=True)
+    assert asks_gradient((torch.ones(2), [torch.ones(2), wanted], [], 1.0))
+    assert not asks_gradient((torch.ones(2), [wanted.detach()], None))
+    with torch.no_grad():
+        assert not asks_gradient(([wanted],))
 
 
 @pytest.mark.slow

@@ -89,6 +89,18 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
     return reference.linear_attention(q, k, v, eps=eps)
 
 
+def packed_linear_attention(qkv: Tensor, width: int, *, eps: float) -> Tensor:
+    """`linear_attention` of a product's thirds: qkv (B, N, 3 H D) -> (B, N, H D), D `width`."""
+    q, k, v = (torch.unflatten(x, -1, (-1, width)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    if not is_inference(qkv) and uses_triton(qkv) and qkv.is_contiguous():
+        from sana.kernels import linear_attention as fast
+
+        if fast.supports(q, k, v):
+            out: Tensor = fast.packed_linear_attention(qkv, width, eps)[0]
+            return out
+    return linear_attention(q, k, v, eps=eps).transpose(1, 2).flatten(2)
+
+
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention of q (B, H, N, D) to k and v (B, H, T, D); bias (B, 1, 1, T) on scores."""
     if allows("cross_attention") and is_inference(q, k, v) and uses_triton(q):
