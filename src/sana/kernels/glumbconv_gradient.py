@@ -35,6 +35,17 @@ ROWS_OF_SUMS = 64
 
 
 @triton.jit
+def _zeros(BLOCK: tl.constexpr):
+    """A column of zeros of its own.
+
+    Two columns that begin as the same zeros, the one to become the other, are not carried from
+    step to step by triton 3.6: it takes the assignment for none. Its interpreter carries them.
+    """
+    z = tl.zeros((BLOCK,), tl.float32)
+    return z, z, z, z
+
+
+@triton.jit
 def _column(ptr, h, w, H, W, F, c, end, FAST: tl.constexpr):
     """silu of four cells of column w, from row h - 1 on."""
     return (
@@ -134,7 +145,7 @@ def _depthwise_gradients(
     for pair in range(PAIRS):
         h = (first + pair) * 2
         # Three columns of value and of gate, the third just read; the middle one is done.
-        av, bv, ag, bg = (o, o, o, o), (o, o, o, o), (o, o, o, o), (o, o, o, o)
+        av, bv, ag, bg = _zeros(BLOCK_F), (o, o, o, o), _zeros(BLOCK_F), (o, o, o, o)
         for step in range(SEGMENT + 2):
             w = start + step - 1
             cv = _column(x_ptr, h, w, H, W, F, v, F, FAST)
@@ -178,7 +189,7 @@ def _input_gradients(
     t8, t7, t6, t5, t4, t3, t2, t1, t0 = _taps(weight_ptr, channel, channel < C)
     taps = (t0, t1, t2, t3, t4, t5, t6, t7, t8)
     o = tl.zeros((BLOCK_C,), tl.float32)
-    a, b = (o, o, o, o), (o, o, o, o)
+    a, b = _zeros(BLOCK_C), (o, o, o, o)
     for step in range(SEGMENT + 2):
         w = start + step - 1
         c = (
