@@ -28,8 +28,6 @@ SUMMING_F = 64
 BLOCK_C = 128
 SUMMING_WARPS = 1
 NUM_WARPS = 1
-FAST = False
-"""Whether SiLU is taken by the approximated tangent where x is bf16."""
 ROWS_OF_SUMS = 64
 """So many at most, where the batch is no larger."""
 
@@ -243,12 +241,6 @@ def _(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> tuple[T
     return x.new_empty(x.shape), x.new_empty(10 * x.shape[3], dtype=torch.float32)
 
 
-def trained(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`glu_depthwise` with gradients; shapes as there."""
-    out: Tensor = glu_depthwise(x, weight, bias, FAST and x.dtype == torch.bfloat16)
-    return out
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.fast = inputs
     ctx.save_for_backward(*tensors)
@@ -256,7 +248,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    dx, sums = glu_depthwise_backward.known(g, x, weight, bias, ctx.fast)
+    dx, sums = glu_depthwise_backward.behind(ctx)(g, x, weight, bias, ctx.fast)
     dweight, dbias = sums.split([weight.numel(), bias.numel()])
     return dx, dweight.view(weight.shape).to(weight.dtype), dbias.to(bias.dtype), None
 

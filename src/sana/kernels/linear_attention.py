@@ -264,7 +264,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, g, _state, _norm):
-    return *linear_attention_backward.known(g, *ctx.saved_tensors, ctx.eps), None, None
+    return *linear_attention_backward.behind(ctx)(g, *ctx.saved_tensors, ctx.eps), None, None
 
 
 linear_attention.register_autograd(_differentiate, setup_context=_keep)
@@ -313,7 +313,7 @@ def _keep_packed(ctx, inputs, output) -> None:
 
 
 def _differentiate_packed(ctx, g, _state, _norm):
-    dqkv = packed_linear_attention_backward.known(g, *ctx.saved_tensors, ctx.width, ctx.eps)
+    dqkv = packed_linear_attention_backward.behind(ctx)(g, *ctx.saved_tensors, ctx.width, ctx.eps)
     return dqkv, None, None
 
 

@@ -210,7 +210,7 @@ def _differentiate(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> A
         dtotal = None
     if dnormed is not None and dnormed.numel() == 0:
         dnormed = None
-    dx, dbranch, sums = trained_norm_backward.known(
+    dx, dbranch, sums = trained_norm_backward.behind(ctx)(
         dtotal, dnormed, x, total, branch, gate, scale, ctx.eps, ctx.limit
     )
     whole = sums.sum(1) if gate or scale else sums  # (B, 3, C)

@@ -316,20 +316,16 @@ def aggregate_(wide: Tensor, taps: Tensor, product: Tensor, place: int) -> bool:
 
 def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.glu_depthwise`; weight (2F, 1, 3, 3). Gives x away."""
-    if is_inference(x, weight, bias) and uses_triton(x):
-        from sana.kernels import glumbconv
-
-        if glumbconv.supports(x, weight, bias):
-            # The approximation is finer than bf16's digits, and coarser than those of others.
-            fast = allows("tanh_silu") and x.dtype == torch.bfloat16
-            out: Tensor = glumbconv.glu_depthwise(x, weight, bias, fast)
-            return out
-    elif allows("glu_gradient") and uses_triton(x):
+    needs_gradient = not is_inference(x, weight, bias)
+    if uses_triton(x) and (allows("glu_gradient") or not needs_gradient):
         from sana.kernels import glumbconv, glumbconv_gradient
 
         if glumbconv.supports(x, weight, bias):
-            trained: Tensor = glumbconv_gradient.trained(x, weight, bias)
-            return trained
+            mix = glumbconv_gradient.glu_depthwise if needs_gradient else glumbconv.glu_depthwise
+            # The approximation is finer than bf16's digits, and coarser than those of others.
+            fast = allows("tanh_silu") and x.dtype == torch.bfloat16
+            out: Tensor = mix(x, weight, bias, fast)
+            return out
     # One name, so that no map of 2F channels outlives its use.
     x = reference.silu_depthwise(x, weight, bias)
     return reference.gated(x)
@@ -375,8 +371,10 @@ def is_inference(*tensors: Tensor) -> bool:
 
 
 def trains_norms(x: Tensor, *others: Tensor) -> bool:
-    """Whether residuals and norms of these have gradients by kernels."""
-    if not allows("norm_gradient") or is_inference(x, *others) or not uses_triton(x):
+    """Whether residuals and norms of these have gradients by kernels; a compiler's are as fast."""
+    if torch.compiler.is_compiling() or not allows("norm_gradient"):
+        return False
+    if is_inference(x, *others) or not uses_triton(x):
         return False
     from sana.kernels import norms_gradient
 
