@@ -26,9 +26,9 @@ from sana.kernels.launching import op
 SUMMING_F = 64
 """Channels of a program of the first pass, which has the most to keep in registers."""
 BLOCK_C = 128
-SUMMING_WARPS = 1
+SUMMING_WARPS = 2
 NUM_WARPS = 1
-ROWS_OF_SUMS = 64
+ROWS_OF_SUMS = 128
 """So many at most, where the batch is no larger."""
 
 
