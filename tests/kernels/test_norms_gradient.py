@@ -145,10 +145,9 @@ def test_only_tried() -> None:
         assert not ops.trains_norms(case.inputs[0].requires_grad_())
 
 
-def test_a_compiled_caller_goes_through_the_kernels() -> None:
+def test_a_compiler_makes_its_own() -> None:
     case = Case(3, 16, 2, (torch.float32, torch.bfloat16))
-
     with ops.force("triton"), ops.trying("norm_gradient"):
         eager, compiled = case.gradients(both), case.gradients(both, is_compiled=True)
-    for expected, got in zip(eager, compiled, strict=True):
-        assert torch.equal(expected, got)
+    for one, other in zip(eager, compiled, strict=True):
+        assert_matches(one.float(), other.float(), MIXED)

@@ -318,10 +318,14 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.glu_depthwise`; weight (2F, 1, 3, 3). Gives x away."""
     needs_gradient = not is_inference(x, weight, bias)
     if uses_triton(x) and (allows("glu_gradient") or not needs_gradient):
-        from sana.kernels import glumbconv, glumbconv_gradient
+        from sana.kernels import glumbconv
 
+        mix = glumbconv.glu_depthwise
+        if needs_gradient:
+            from sana.kernels import glumbconv_gradient
+
+            mix = glumbconv_gradient.glu_depthwise
         if glumbconv.supports(x, weight, bias):
-            mix = glumbconv_gradient.glu_depthwise if needs_gradient else glumbconv.glu_depthwise
             # The approximation is finer than bf16's digits, and coarser than those of others.
             fast = allows("tanh_silu") and x.dtype == torch.bfloat16
             out: Tensor = mix(x, weight, bias, fast)
