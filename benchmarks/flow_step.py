@@ -72,11 +72,11 @@ WATCHED = (
 )
 """Parameters whose gradients are compared."""
 GROUPS = {
-    "products": r"gemm|nvjet|cutlass.*(gemm|tensorop)|cublas|splitK",
+    "products": r"gemm|nvjet|cublas|splitK",
+    "attention to the text": r"fmha|flash|attention|sdpa|softmax",
     "convolution": r"conv|dgrad|wgrad|cudnn",
     "mix-FFN's middle": r"glu_depthwise|_depthwise_gradients|_input_gradients",
     "linear attention": r"_sum_keys|_apply_queries|_query_gradients|_key_gradients",
-    "attention to the text": r"fmha|flash|attention|sdpa|softmax",
     "norms": r"_residual_norm|_norm_gradients|layer_norm|LayerNorm|RowwiseMoments",
     "optimizer": r"adam|multi_tensor",
     "compiler's kernels": r"^triton_",
