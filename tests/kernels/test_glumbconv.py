@@ -10,6 +10,7 @@ from numerics import assert_detects, assert_matches
 from sana.kernels import ops, reference
 
 glumbconv = pytest.importorskip("sana.kernels.glumbconv", reason="triton is made for Linux only")
+gradient = pytest.importorskip("sana.kernels.glumbconv_gradient")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,6 +95,35 @@ def test_gradients_equal_the_references(shape: tuple[int, int, int, int]) -> Non
     louder = g.clone()
     louder[:, 0, 0] *= 1.05
     assert_detects(check, louder)
+
+
+def test_a_program_of_several_rows_gives_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = draw(1, 5, 2, 3, torch.float32)
+
+    def gradients(rows_of_sums: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(gradient, "ROWS_OF_SUMS", rows_of_sums)
+        own = [part.clone().requires_grad_() for part in inputs]
+        with ops.force("triton"), ops.trying("glu_gradient"):
+            return torch.autograd.grad(ops.glu_depthwise(*own).square().sum(), own)
+
+    for many, one in zip(gradients(64), gradients(1), strict=True):
+        assert_matches(many, one, 1e-6)  # floor 1e-7
+
+
+def test_weights_may_be_wider_than_the_map() -> None:
+    x, weight, bias = draw(1, 3, 2, 3, torch.float32)
+    narrow = x.bfloat16()
+    wide = [part.double().requires_grad_() for part in (narrow, weight, bias)]
+    exact = torch.autograd.grad(reference.glu_depthwise(*wide).square().sum(), wide)
+    own = [part.detach().requires_grad_() for part in (narrow, weight, bias)]
+    with ops.force("triton"), ops.trying("glu_gradient"):
+        out = ops.glu_depthwise(*own)
+        found = torch.autograd.grad(out.float().square().sum(), own)
+    assert out.dtype == torch.bfloat16 and found[1].dtype == torch.float32
+    for expected, got in zip(exact, found, strict=True):
+        assert_matches(expected.to(got.dtype), got, 2e-2)  # floor 5e-3: digits of out and d
 
 
 def test_gradients_by_kernels_are_only_tried() -> None:

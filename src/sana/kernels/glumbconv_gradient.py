@@ -254,3 +254,6 @@ def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 glu_depthwise.register_autograd(_differentiate, setup_context=_keep)
+
+trained = glu_depthwise
+"""The same, which has gradients from here on."""

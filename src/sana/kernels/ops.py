@@ -324,7 +324,7 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if needs_gradient:
             from sana.kernels import glumbconv_gradient
 
-            mix = glumbconv_gradient.glu_depthwise
+            mix = glumbconv_gradient.trained
         if glumbconv.supports(x, weight, bias):
             # The approximation is finer than bf16's digits, and coarser than those of others.
             fast = allows("tanh_silu") and x.dtype == torch.bfloat16
