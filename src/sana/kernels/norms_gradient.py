@@ -213,17 +213,23 @@ def _differentiate(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> A
     dx, dbranch, sums = trained_norm_backward.behind(ctx)(
         dtotal, dnormed, x, total, branch, gate, scale, ctx.eps, ctx.limit
     )
-    whole = sums.sum(1) if gate or scale else sums  # (B, 3, C)
+    dbranch = dbranch if ctx.has_branch else None
+    if not (gate or scale):
+        return dx, dbranch, [], [], [], None, None, None
+    whole = sums.sum(1)
+    both = whole.unbind(1), whole.sum(0).unbind(0)
     pairs = (
-        [_summed(whole[:, place], part) for part in pair]
+        [_of_row(place, both, part) for part in pair]
         for place, pair in ((GATE, gate), (SHIFT, shift), (SCALE, scale))
     )
-    return dx, dbranch if ctx.has_branch else None, *pairs, None, None, None
+    return dx, dbranch, *pairs, None, None, None
 
 
-def _summed(gradient: Tensor, row: Tensor) -> Tensor:
-    """(B, C) for a row of (C,), (1, C) or (B, C)."""
-    return gradient.sum_to_size(row.shape).to(row.dtype)
+def _of_row(place: int, both: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], row: Tensor) -> Tensor:
+    """The gradient of a row (C,), (1, C) or (B, C); `both` are sums by sample and of all."""
+    samples, whole = both
+    gradient = samples[place] if row.dim() > 1 and len(row) > 1 else whole[place].view(row.shape)
+    return gradient.to(row.dtype)
 
 
 trained_norm.register_autograd(_differentiate, setup_context=_keep)
