@@ -2,7 +2,7 @@
 
     python benchmarks/flow_step.py --seconds 50      # on a GPU, random weights and latents
     python benchmarks/flow_step.py --ways compiled,around --sizes 512 --profile
-    python benchmarks/flow_step.py --try glu_gradient # with what no card has proven
+    python benchmarks/flow_step.py --try all         # with what no card has proven
     python benchmarks/flow_step.py --tiny            # the same at small size, on any machine
 
 Flow loss, backward and AdamW (fused on a GPU) under bf16 autocast with fp32 weights, at 512 and

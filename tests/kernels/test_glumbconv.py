@@ -64,11 +64,6 @@ def test_a_row_longer_than_a_segment_is_joined(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(whole, triton(*inputs))
 
 
-def test_a_gradient_is_left_to_the_reference() -> None:
-    x, weight, bias = draw(1, 2, 2, 3, torch.float32)
-    assert triton(x, weight.requires_grad_(), bias).requires_grad
-
-
 def test_a_compiled_caller_goes_through_the_kernel() -> None:
     inputs = draw(1, 2, 3, 4, torch.float32)
     compiled = torch.compile(triton, backend="aot_eager", fullgraph=True)
@@ -86,7 +81,7 @@ def test_gradients_equal_the_references(shape: tuple[int, int, int, int]) -> Non
 
     def check(g: Tensor) -> None:
         own = [part.clone().requires_grad_() for part in inputs]
-        with ops.force("triton"), ops.trying("glu_gradient"):
+        with ops.force("triton"):
             got = torch.autograd.grad(ops.glu_depthwise(*own), own, g)
         for expected, found in zip(exact, got, strict=True):
             assert_matches(expected.float(), found, 1.5e-6)
@@ -105,7 +100,7 @@ def test_a_program_of_several_rows_gives_the_same_gradients(
     def gradients(rows_of_sums: int) -> tuple[Tensor, ...]:
         monkeypatch.setattr(gradient, "ROWS_OF_SUMS", rows_of_sums)
         own = [part.clone().requires_grad_() for part in inputs]
-        with ops.force("triton"), ops.trying("glu_gradient"):
+        with ops.force("triton"):
             return torch.autograd.grad(ops.glu_depthwise(*own).square().sum(), own)
 
     for many, one in zip(gradients(64), gradients(1), strict=True):
@@ -118,20 +113,11 @@ def test_weights_may_be_wider_than_the_map() -> None:
     wide = [part.double().requires_grad_() for part in (narrow, weight, bias)]
     exact = torch.autograd.grad(reference.glu_depthwise(*wide).square().sum(), wide)
     own = [part.detach().requires_grad_() for part in (narrow, weight, bias)]
-    with ops.force("triton"), ops.trying("glu_gradient"):
+    with ops.force("triton"):
         out = ops.glu_depthwise(*own)
         found = torch.autograd.grad(out.float().square().sum(), own)
     assert out.dtype == torch.bfloat16 and found[1].dtype == torch.float32
     for expected, got in zip(exact, found, strict=True):
-        assert_matches(expected.to(got.dtype), got, 2e-2)  # floors 1e-2 and 4e-3: digits of out and d
-
-
-def test_gradients_by_kernels_are_only_tried() -> None:
-    own = [part.requires_grad_() for part in draw(1, 2, 2, 3, torch.float32)]
-    with ops.force("triton"):
-        plain = ops.glu_depthwise(*own)
-        with ops.trying("glu_gradient"):
-            tried = ops.glu_depthwise(*own)
-    assert plain.grad_fn is not None and tried.grad_fn is not None
-    assert type(plain.grad_fn) is not type(tried.grad_fn)
-    assert_matches(plain.detach(), tried.detach(), 1.5e-6)
+        assert_matches(
+            expected.to(got.dtype), got, 2e-2
+        )  # floors 1e-2 and 4e-3: digits of out and d

@@ -116,7 +116,7 @@ def test_gradients_equal_the_references(
         exact = case.gradients(call, torch.float64)
 
     def check(case: Case) -> None:
-        with ops.force("triton"), ops.trying("norm_gradient"):
+        with ops.force("triton"):
             got = case.gradients(call)
         for expected, found in zip(exact, got, strict=True):
             assert_matches(expected.to(found.dtype), found, bound)
@@ -131,7 +131,7 @@ def test_results_are_as_wide_as_their_parts_and_as_narrow_as_products() -> None:
     rows = [
         Row(own.requires_grad_(), part) for own, part in zip(table, time.unbind(1), strict=True)
     ]
-    with ops.force("triton"), ops.trying("norm_gradient"):
+    with ops.force("triton"):
         total, normed = ops.add_and_modulate(x, Branch(branch, rows[0]), rows[1], rows[2])
         summed, narrow = ops.add_and_round(x, Branch(branch, rows[0]))
     assert total.dtype == summed.dtype == torch.float32
@@ -139,15 +139,9 @@ def test_results_are_as_wide_as_their_parts_and_as_narrow_as_products() -> None:
     assert torch.equal(summed, total)
 
 
-def test_only_tried() -> None:
-    case = Case(2, 8, 2, (torch.float32, torch.float32))
-    with ops.force("triton"):
-        assert not ops.trains_norms(case.inputs[0].requires_grad_())
-
-
 def test_a_compiler_makes_its_own() -> None:
     case = Case(3, 16, 2, (torch.float32, torch.bfloat16))
-    with ops.force("triton"), ops.trying("norm_gradient"):
+    with ops.force("triton"):
         eager, compiled = case.gradients(both), case.gradients(both, is_compiled=True)
     for one, other in zip(eager, compiled, strict=True):
         assert_matches(one.float(), other.float(), MIXED)
