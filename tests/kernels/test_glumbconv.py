@@ -60,8 +60,20 @@ def test_equals_the_reference(
 def test_a_row_longer_than_a_segment_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(1, 1, 5, 6, torch.float32)
     whole = triton(*inputs)
-    monkeypatch.setattr(glumbconv, "SEGMENT", 2)
-    assert torch.equal(whole, triton(*inputs))
+    for name, enough in (("SEGMENT", 0), ("SHORTER", 1000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(glumbconv, name, 2)
+            patch.setattr(glumbconv, "ENOUGH", enough)
+            assert torch.equal(whole, triton(*inputs))
+
+
+def test_reading_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(2, 3, 5, 6, torch.float32)
+    results = []
+    for ahead in (False, True):
+        monkeypatch.setattr(glumbconv, "AHEAD", ahead)
+        results.append(triton(*inputs))
+    assert torch.equal(*results) and bool(results[0].isfinite().all())
 
 
 def test_a_compiled_caller_goes_through_the_kernel() -> None:
