@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sana.kernels.launching import Op, op
+from sana.kernels.launching import Op, asks_gradient, op
 
 
 def double(x: Tensor, by: float) -> Tensor:
@@ -38,6 +39,42 @@ def test_a_gradient_passes_through_the_op() -> None:
     x = torch.ones(2, requires_grad=True)
     tripled(x, 3.0).sum().backward()
     assert torch.equal(x.grad, torch.full((2,), 3.0))
+
+
+def test_a_gradient_is_seen_in_a_list_of_tensors() -> None:
+    wanted = torch.ones(2, requires_grad=True)
+    assert asks_gradient((torch.ones(2), [torch.ones(2), wanted], [], 1.0))
+    assert not asks_gradient((torch.ones(2), [wanted.detach()], None))
+    with torch.no_grad():
+        assert not asks_gradient(([wanted],))
+
+
+def weigh(x: Tensor, weights: list[Tensor], by: float) -> tuple[Tensor, Tensor]:
+    return x * sum(weights) * by, x.new_empty(0)
+
+
+def test_a_gradient_goes_around_the_op_and_into_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed = Op("test_weigh", weigh, ())
+    tripled = Op("test_triple_inside", double, ())
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], _: object) -> None:
+        x, weights, ctx.by = inputs
+        ctx.save_for_backward(x, *weights)
+
+    def differentiate(ctx: Any, g: Tensor, _: object) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        triple = tripled.behind(ctx)
+        return triple(g, ctx.by) * sum(weights), [triple(g, ctx.by) * x for _ in weights], None
+
+    weighed.register_autograd(differentiate, setup_context=keep)
+    leaves = [torch.rand(3, requires_grad=True) for _ in range(3)]
+    x, *weights = leaves
+    expected = torch.autograd.grad((x * (weights[0] + weights[1]) * 2).sum(), leaves)
+    for op_ in (weighed, tripled):
+        monkeypatch.setattr(op_, "known", None)  # nobody calls it
+    got = torch.autograd.grad(weighed(x, weights, 2.0)[0].sum(), leaves)
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.slow

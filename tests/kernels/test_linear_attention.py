@@ -79,6 +79,25 @@ def test_equals_the_reference(tokens: int, dim: int, dtype: torch.dtype, bound: 
         assert_detects(check, with_a_louder_key)
 
 
+def test_thirds_of_a_product_give_the_same() -> None:
+    *heads, g = draw(70, 32, torch.float32)
+    qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in heads], dim=-1)
+    expected = both_ways(triton, *heads, g)
+
+    def check(qkv: Tensor) -> None:
+        own = qkv.clone().requires_grad_()
+        with ops.force("triton"):
+            out = ops.packed_linear_attention(own, 32, eps=EPS)
+        (got,) = torch.autograd.grad(out, own, g.transpose(1, 2).flatten(2))
+        assert torch.equal(out, expected[0].transpose(1, 2).flatten(2))
+        thirds = [x.unflatten(-1, (3, 32)).transpose(1, 2) for x in got.chunk(3, -1)]
+        for one, other in zip(expected[1:], thirds, strict=True):
+            assert_matches(one, other, 1e-6)  # floor 0
+
+    check(qkv)
+    assert_detects(check, qkv.roll(1, dims=-1))
+
+
 def test_parts_are_summed() -> None:
     inputs = draw(150, 32, torch.float32)
     whole = both_ways(triton, *inputs)

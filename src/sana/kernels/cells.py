@@ -12,5 +12,11 @@ def load_cell(ptr, h, w, H, W, stride, c, end):
 
     So a convolution's border is zero.
     """
+    return raw_cell(ptr, h, w, H, W, stride, c, end).to(tl.float32)
+
+
+@triton.jit
+def raw_cell(ptr, h, w, H, W, stride, c, end):
+    """The same in its own dtype, for those who need it later."""
     last = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), end, 0)
-    return tl.load(ptr + (h * W + w) * stride + c, mask=c < last, other=0.0).to(tl.float32)
+    return tl.load(ptr + (h * W + w) * stride + c, mask=c < last, other=0.0)

@@ -1,4 +1,4 @@
-"""The middle of the mix-FFN in one pass, forward only (Sana, arXiv 2410.10629, section 2.2).
+"""The middle of the mix-FFN in one pass (Sana, arXiv 2410.10629, section 2.2).
 
 From the expanded map x (B, H, W, 2F): out = value * silu(gate), where value and gate are the halves
 of depthwise3x3(silu(x)) + bias. A program walks along two rows of the map, a block of channels at a
@@ -16,13 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels.cells import load_cell
+from sana.kernels.cells import load_cell, raw_cell
 from sana.kernels.launching import op
 
 BLOCK_F = 128
 NUM_WARPS = 1
 SEGMENT = 32
 """Columns that one program walks along."""
+SHORTER = 16
+"""The same where else there were fewer than `ENOUGH` programs."""
+ENOUGH = 1024
+AHEAD = True
+"""Whether values of the next column are read while gates of one are computed."""
+MOST_REGISTERS = 168
+"""For AHEAD: with more, fewer programs would be there at a time."""
 
 
 @triton.jit
@@ -52,20 +59,31 @@ def _read(x_ptr, h, w, H, W, F, c, end, FAST: tl.constexpr):
 
 
 @triton.jit
+def _cells(x_ptr, h, w, H, W, F, c, end):
+    """x in column w of four rows from h - 1 on, as it is."""
+    return (
+        raw_cell(x_ptr, h - 1, w, H, W, 2 * F, c, end),
+        raw_cell(x_ptr, h, w, H, W, 2 * F, c, end),
+        raw_cell(x_ptr, h + 1, w, H, W, 2 * F, c, end),
+        raw_cell(x_ptr, h + 2, w, H, W, 2 * F, c, end),
+    )
+
+
+@triton.jit
 def _tap(weight_ptr, c, is_inside, PLACE: tl.constexpr):
     return tl.load(weight_ptr + c * 9 + PLACE, mask=is_inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _step(
-    x_ptr, bias, h, w, H, W, F, c, end,
+    a, b, d, e, bias,
     t0, t1, t2, t3, t4, t5, t6, t7, t8, left_0, left_1, here_0, here_1, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Reads column w; returns what is done at w - 1 in both rows, and the sums for w and w + 1."""
-    a = _read(x_ptr, h - 1, w, H, W, F, c, end, FAST)
-    b = _read(x_ptr, h, w, H, W, F, c, end, FAST)
-    d = _read(x_ptr, h + 1, w, H, W, F, c, end, FAST)
-    e = _read(x_ptr, h + 2, w, H, W, F, c, end, FAST)
+    """Takes column w; returns what is done at w - 1 in both rows, and the sums for w and w + 1."""
+    a = _silu(a.to(tl.float32), FAST)
+    b = _silu(b.to(tl.float32), FAST)
+    d = _silu(d.to(tl.float32), FAST)
+    e = _silu(e.to(tl.float32), FAST)
     done_0 = left_0 + t2 * a + t5 * b + t8 * d
     done_1 = left_1 + t2 * b + t5 * d + t8 * e
     left_0 = here_0 + t1 * a + t4 * b + t7 * d
@@ -94,12 +112,12 @@ def _taps(weight_ptr, c, is_inside):
 @triton.jit
 def _glu_depthwise(
     x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, F, SEGMENTS,
-    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Two rows of SEGMENT columns of BLOCK_F channels.
 
     At input column w, `l` are the sums for the output at w - 1 and `r` those for w, of value v and
-    gate g in rows 0 and 1.
+    gate g in rows 0 and 1. AHEAD: what comes next is on its way meanwhile.
     """
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_inside = v < F
@@ -115,16 +133,21 @@ def _glu_depthwise(
     bg = tl.load(bias_ptr + g, mask=is_inside, other=0.0).to(tl.float32)
     lv0, lv1, rv0, rv1 = bv, bv, bv, bv
     lg0, lg1, rg0, rg1 = bg, bg, bg, bg
+    if AHEAD:
+        va, vb, vd, ve = _cells(x_ptr, h, start - 1, H, W, F, v, F)
     for step in range(SEGMENT + 2):
         w = start + step - 1
+        if not AHEAD:
+            va, vb, vd, ve = _cells(x_ptr, h, w, H, W, F, v, F)
+        ga, gb, gd, ge = _cells(x_ptr, h, w, H, W, F, g, 2 * F)
         value_0, value_1, lv0, lv1, rv0, rv1 = _step(
-            x_ptr, bv, h, w, H, W, F, v, F,
-            v0, v1, v2, v3, v4, v5, v6, v7, v8, lv0, lv1, rv0, rv1, FAST,
-        )  # fmt: skip
+            va, vb, vd, ve, bv, v0, v1, v2, v3, v4, v5, v6, v7, v8, lv0, lv1, rv0, rv1, FAST
+        )
+        if AHEAD:
+            va, vb, vd, ve = _cells(x_ptr, h, w + 1, H, W, F, v, F)
         gate_0, gate_1, lg0, lg1, rg0, rg1 = _step(
-            x_ptr, bg, h, w, H, W, F, g, 2 * F,
-            g0, g1, g2, g3, g4, g5, g6, g7, g8, lg0, lg1, rg0, rg1, FAST,
-        )  # fmt: skip
+            ga, gb, gd, ge, bg, g0, g1, g2, g3, g4, g5, g6, g7, g8, lg0, lg1, rg0, rg1, FAST
+        )
         is_done = (w > start) & (w <= W)
         at = out_ptr + (h * W + w - 1) * F + v
         out = value_0 * _silu(gate_0, FAST)
@@ -136,9 +159,13 @@ def _glu_depthwise(
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether the kernel takes the inputs: one dtype of at most 32 bits, a sample within 2^31."""
-    alike = x.dtype == weight.dtype == bias.dtype and x.is_floating_point()
-    return alike and x.dtype.itemsize <= 4 and x[0].numel() < 2**31
+    """Whether the kernels take these, this one and those of the gradients.
+
+    x has at most 32 bits and a sample less than 2^31 values; weights are in its dtype or, as under
+    autocast, in fp32.
+    """
+    alike = weight.dtype == bias.dtype and weight.dtype in (x.dtype, torch.float32)
+    return alike and x.is_floating_point() and x.dtype.itemsize <= 4 and x[0].numel() < 2**31
 
 
 @op("glu_depthwise")
@@ -147,15 +174,19 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
 
     `fast` takes SiLU by the approximated tangent, where the device is NVIDIA's.
     """
-    x, weight = x.contiguous(), weight.contiguous()
+    x = x.contiguous()
     B, H, W, F = x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2
     out = x.new_empty((B, H, W, F))
-    segment = min(SEGMENT, triton.next_power_of_2(W))
+    pairs = B * triton.cdiv(F, BLOCK_F) * triton.cdiv(H, 2)
+    is_long = pairs * triton.cdiv(W, SEGMENT) >= ENOUGH
+    segment = min(SEGMENT if is_long else SHORTER, triton.next_power_of_2(W))
     segments = triton.cdiv(W, segment)
+    is_nvidia = x.is_cuda and torch.version.hip is None
     _glu_depthwise[(triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)](
-        x, weight, bias, out, H, W, F, segments,
+        x, weight.contiguous(), bias, out, H, W, F, segments,
         SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-        FAST=fast and x.is_cuda and torch.version.hip is None,
+        FAST=fast and is_nvidia, AHEAD=AHEAD,
+        **({"maxnreg": MOST_REGISTERS} if AHEAD and is_nvidia else {}),
     )  # fmt: skip
     return out
 

@@ -4,8 +4,8 @@ With s = silu(x), (v, g) = depthwise3x3(s) + bias and out = v silu(g): a first p
 anew and writes their gradients dv = dout silu(g), dg = dout v silu'(g); on its way it sums those of
 the weights, dW[tap] = sum over cells of d[cell] s[cell + tap], a row of sums for each program. A
 second pass makes dx = silu'(x) (d convolved with the weights turned round). Programs walk along two
-rows as in the forward pass, three columns of them in registers. Products and sums are fp32, SiLU is
-never approximated, and nothing depends on the order in which programs run.
+rows as in the forward pass, three columns of them in registers. Products and sums are fp32, and
+nothing depends on the order in which programs run.
 
 Shape letters: B batch, H W grid, F channels of value or gate, C = 2F, P rows of sums.
 """
@@ -26,26 +26,65 @@ from sana.kernels.launching import op
 SUMMING_F = 64
 """Channels of a program of the first pass, which has the most to keep in registers."""
 BLOCK_C = 128
-ROWS_OF_SUMS = 64
+SUMMING_WARPS = 2
+NUM_WARPS = 1
+ROWS_OF_SUMS = 128
 """So many at most, where the batch is no larger."""
 
 
 @triton.jit
-def _column(ptr, h, w, H, W, F, c, end):
+def _zeros(BLOCK: tl.constexpr):
+    """A column of zeros of its own.
+
+    Two columns that begin as the same zeros, the one to become the other, are not carried from
+    step to step by triton 3.6: it takes the assignment for none. Its interpreter carries them.
+    """
+    z = tl.zeros((BLOCK,), tl.float32)
+    return z, z, z, z
+
+
+@triton.jit
+def _column(ptr, h, w, H, W, F, c, end, FAST: tl.constexpr):
     """silu of four cells of column w, from row h - 1 on."""
     return (
-        _read(ptr, h - 1, w, H, W, F, c, end, False),
-        _read(ptr, h, w, H, W, F, c, end, False),
-        _read(ptr, h + 1, w, H, W, F, c, end, False),
-        _read(ptr, h + 2, w, H, W, F, c, end, False),
+        _read(ptr, h - 1, w, H, W, F, c, end, FAST),
+        _read(ptr, h, w, H, W, F, c, end, FAST),
+        _read(ptr, h + 1, w, H, W, F, c, end, FAST),
+        _read(ptr, h + 2, w, H, W, F, c, end, FAST),
     )
 
 
 @triton.jit
-def _slope(x):
-    """The derivative of silu."""
-    s = tl.sigmoid(x)
+def _sigmoid(x, FAST: tl.constexpr):
+    """FAST: (1 + tanh(x / 2)) / 2, approximated as in `glumbconv`."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 h, t;
+            mul.f32 h, $1, 0f3F000000;
+            tanh.approx.f32 t, h;
+            fma.rn.f32 $0, t, 0f3F000000, 0f3F000000;
+            }""",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def _slope(x, s):
+    """The derivative of silu, with the sigmoid of x."""
     return s * (1 + x * (1 - s))
+
+
+@triton.jit
+def _gate_gradients(out, value, gate, FAST: tl.constexpr):
+    """Of value and gate, from the gradient of value * silu(gate)."""
+    s = _sigmoid(gate, FAST)
+    return out * gate * s, out * value * _slope(gate, s)
 
 
 @triton.jit
@@ -85,7 +124,7 @@ def _store_sums(at, C, c, inside, k):
 @triton.jit
 def _depthwise_gradients(
     x_ptr, weight_ptr, bias_ptr, g_ptr, d_ptr, sums_ptr, H, W, F, PAIRS, SEGMENTS,
-    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dv and dg in PAIRS pairs of rows of SEGMENT columns, and a row of sums for the weights."""
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -104,21 +143,21 @@ def _depthwise_gradients(
     for pair in range(PAIRS):
         h = (first + pair) * 2
         # Three columns of value and of gate, the third just read; the middle one is done.
-        av, bv, ag, bg = (o, o, o, o), (o, o, o, o), (o, o, o, o), (o, o, o, o)
+        av, bv, ag, bg = _zeros(BLOCK_F), (o, o, o, o), _zeros(BLOCK_F), (o, o, o, o)
         for step in range(SEGMENT + 2):
             w = start + step - 1
-            cv = _column(x_ptr, h, w, H, W, F, v, F)
-            cg = _column(x_ptr, h, w, H, W, F, g, C)
+            cv = _column(x_ptr, h, w, H, W, F, v, F, FAST)
+            cg = _column(x_ptr, h, w, H, W, F, g, C, FAST)
             last = tl.where((w > start) & (w <= W) & (h < H), F, 0)
             lower = tl.where(h + 1 < H, last, 0)
             out_0 = load_cell(g_ptr, h, w - 1, H, W, F, v, last)
             out_1 = load_cell(g_ptr, h + 1, w - 1, H, W, F, v, lower)
             gate_0 = _convolve(bias_g, taps_g, ag, bg, cg, 0)
             gate_1 = _convolve(bias_g, taps_g, ag, bg, cg, 1)
-            dg_0 = out_0 * _convolve(bias_v, taps_v, av, bv, cv, 0) * _slope(gate_0)
-            dg_1 = out_1 * _convolve(bias_v, taps_v, av, bv, cv, 1) * _slope(gate_1)
-            dv_0 = out_0 * gate_0 * tl.sigmoid(gate_0)
-            dv_1 = out_1 * gate_1 * tl.sigmoid(gate_1)
+            value_0 = _convolve(bias_v, taps_v, av, bv, cv, 0)
+            value_1 = _convolve(bias_v, taps_v, av, bv, cv, 1)
+            dv_0, dg_0 = _gate_gradients(out_0, value_0, gate_0, FAST)
+            dv_1, dg_1 = _gate_gradients(out_1, value_1, gate_1, FAST)
             at = d_ptr + (h * W + w - 1) * C + v
             tl.store(at, dv_0.to(d_ptr.dtype.element_ty), mask=v < last)
             tl.store(at + F, dg_0.to(d_ptr.dtype.element_ty), mask=v < last)
@@ -135,7 +174,7 @@ def _depthwise_gradients(
 @triton.jit
 def _input_gradients(
     x_ptr, weight_ptr, d_ptr, dx_ptr, H, W, C, SEGMENTS,
-    SEGMENT: tl.constexpr, BLOCK_C: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_C: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dx in two rows of SEGMENT columns."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -148,7 +187,7 @@ def _input_gradients(
     t8, t7, t6, t5, t4, t3, t2, t1, t0 = _taps(weight_ptr, channel, channel < C)
     taps = (t0, t1, t2, t3, t4, t5, t6, t7, t8)
     o = tl.zeros((BLOCK_C,), tl.float32)
-    a, b = (o, o, o, o), (o, o, o, o)
+    a, b = _zeros(BLOCK_C), (o, o, o, o)
     for step in range(SEGMENT + 2):
         w = start + step - 1
         c = (
@@ -159,25 +198,19 @@ def _input_gradients(
         )
         last = tl.where((w > start) & (w <= W), C, 0)
         lower = tl.where(h + 1 < H, last, 0)
-        dx_0 = _slope(load_cell(x_ptr, h, w - 1, H, W, C, channel, last))
-        dx_0 *= _convolve(o, taps, a, b, c, 0)
-        dx_1 = _slope(load_cell(x_ptr, h + 1, w - 1, H, W, C, channel, lower))
-        dx_1 *= _convolve(o, taps, a, b, c, 1)
+        x_0 = load_cell(x_ptr, h, w - 1, H, W, C, channel, last)
+        x_1 = load_cell(x_ptr, h + 1, w - 1, H, W, C, channel, lower)
+        dx_0 = _convolve(o, taps, a, b, c, 0) * _slope(x_0, _sigmoid(x_0, FAST))
+        dx_1 = _convolve(o, taps, a, b, c, 1) * _slope(x_1, _sigmoid(x_1, FAST))
         at = dx_ptr + (h * W + w - 1) * C + channel
         tl.store(at, dx_0.to(dx_ptr.dtype.element_ty), mask=channel < last)
         tl.store(at + W * C, dx_1.to(dx_ptr.dtype.element_ty), mask=channel < lower)
         a, b = b, c
 
 
-def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether there are gradients for these: x of at most 32 bits, weights in its dtype or fp32."""
-    alike = weight.dtype == bias.dtype and weight.dtype in (x.dtype, torch.float32)
-    return alike and x.is_floating_point() and x.dtype.itemsize <= 4 and x[0].numel() < 2**31
-
-
 @op("glu_depthwise_backward")
 def glu_depthwise_backward(
-    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, fast: bool
 ) -> tuple[Tensor, Tensor]:
     """g (B, H, W, F), x (B, H, W, 2F) -> dx like x, and (20 F,) in fp32.
 
@@ -185,6 +218,7 @@ def glu_depthwise_backward(
     """
     g, x, weight = g.contiguous(), x.contiguous(), weight.contiguous()
     B, H, W, C = x.shape
+    fast = fast and x.is_cuda and torch.version.hip is None
     d, dx = torch.empty_like(x), torch.empty_like(x)
     segment = min(SEGMENT, triton.next_power_of_2(W))
     segments, pairs = triton.cdiv(W, segment), triton.cdiv(H, 2)
@@ -193,28 +227,33 @@ def glu_depthwise_backward(
     sums = x.new_empty((B * rows, 10 * C), dtype=torch.float32)
     _depthwise_gradients[(triton.cdiv(C // 2, SUMMING_F), rows, B)](
         x, weight, bias, g, d, sums, H, W, C // 2, own, segments,
-        SEGMENT=segment, BLOCK_F=SUMMING_F, num_warps=1,
+        SEGMENT=segment, BLOCK_F=SUMMING_F, FAST=fast, num_warps=SUMMING_WARPS,
     )  # fmt: skip
     _input_gradients[(triton.cdiv(C, BLOCK_C), pairs * segments, B)](
-        x, weight, d, dx, H, W, C, segments, SEGMENT=segment, BLOCK_C=BLOCK_C, num_warps=1,
+        x, weight, d, dx, H, W, C, segments, SEGMENT=segment, BLOCK_C=BLOCK_C, FAST=fast,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return dx, sums.sum(0)
 
 
 @glu_depthwise_backward.register_fake
-def _(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(10 * x.shape[3], dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    *tensors, ctx.fast = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    dx, sums = glu_depthwise_backward.known(g, x, weight, bias)
+    dx, sums = glu_depthwise_backward.behind(ctx)(g, x, weight, bias, ctx.fast)
     dweight, dbias = sums.split([weight.numel(), bias.numel()])
     return dx, dweight.view(weight.shape).to(weight.dtype), dbias.to(bias.dtype), None
 
 
 glu_depthwise.register_autograd(_differentiate, setup_context=_keep)
+
+trained = glu_depthwise
+"""The same, which has gradients from here on."""

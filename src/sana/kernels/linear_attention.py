@@ -219,10 +219,23 @@ def linear_attention_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each a view of (B, N, H, D) memory."""
-    g, q, k, v = (_last_is_dense(x) for x in (g, q, k, v))
+    results = _token_major(q), _token_major(k), _token_major(v)
+    _launch_backward(g, (q, k, v), state, norm, eps, results)
+    return results
+
+
+def _launch_backward(
+    g: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    state: Tensor,
+    norm: Tensor,
+    eps: float,
+    results: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    g, q, k, v = (_last_is_dense(x) for x in (g, *inputs))
+    dq, dk, dv = results
     B, H, N, D = q.shape
     parts, part = _parts(N)
-    dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
     dstate, dnorm = torch.empty_like(state), torch.empty_like(norm)
     _query_gradients[(B * H, parts)](
         q, g, state, norm, dq, dstate, dnorm, H, N, parts, eps,
@@ -234,7 +247,6 @@ def linear_attention_backward(
         *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
         D=D, BLOCK_N=BLOCK_N, EXACT=_exact(q), num_warps=2,
     )  # fmt: skip
-    return dq, dk, dv
 
 
 @linear_attention_backward.register_fake
@@ -252,10 +264,66 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, g, _state, _norm):
-    return *linear_attention_backward.known(g, *ctx.saved_tensors, ctx.eps), None, None
+    return *linear_attention_backward.behind(ctx)(g, *ctx.saved_tensors, ctx.eps), None, None
 
 
 linear_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+@op("packed_linear_attention")
+def packed_linear_attention(qkv: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, N, 3 H D), D `width`, dense -> out (B, N, H D), and state and norm as above.
+
+    So the gradient of qkv is written where it stays, instead of being joined from three.
+    """
+    out, state, norm = linear_attention.launch(*_thirds(qkv, width), eps)
+    return out.transpose(1, 2).flatten(2), state, norm
+
+
+@packed_linear_attention.register_fake
+def _(qkv: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, C = qkv.shape
+    G, (P, _) = B * C // (3 * width), _parts(N)
+    state = qkv.new_empty((G, P, width, width), dtype=torch.float32)
+    norm = qkv.new_empty((G, P, width), dtype=torch.float32)
+    return qkv.new_empty((B, N, C // 3)), state, norm
+
+
+@op("packed_linear_attention_backward")
+def packed_linear_attention_backward(
+    g: Tensor, qkv: Tensor, state: Tensor, norm: Tensor, width: int, eps: float
+) -> Tensor:
+    """The gradient of qkv."""
+    dqkv = torch.empty_like(qkv)
+    heads = g.unflatten(-1, (-1, width)).transpose(1, 2)
+    _launch_backward(heads, _thirds(qkv, width), state, norm, eps, _thirds(dqkv, width))
+    return dqkv
+
+
+@packed_linear_attention_backward.register_fake
+def _(g: Tensor, qkv: Tensor, state: Tensor, norm: Tensor, width: int, eps: float) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _keep_packed(ctx, inputs, output) -> None:
+    qkv, ctx.width, ctx.eps = inputs
+    _, state, norm = output
+    ctx.mark_non_differentiable(state, norm)
+    ctx.save_for_backward(qkv, state, norm)
+
+
+def _differentiate_packed(ctx, g, _state, _norm):
+    dqkv = packed_linear_attention_backward.behind(ctx)(g, *ctx.saved_tensors, ctx.width, ctx.eps)
+    return dqkv, None, None
+
+
+packed_linear_attention.register_autograd(_differentiate_packed, setup_context=_keep_packed)
+
+
+def _thirds(qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, D) as views of (B, N, 3 H D)."""
+    q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    return q, k, v
 
 
 def _parts(N: int) -> tuple[int, int]:

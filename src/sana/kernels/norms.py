@@ -31,9 +31,13 @@ def _residual_norm(
     gate_table, gate_time, shift_table, shift_time, scale_table, scale_time,
     N, C, eps, limit, gB, sB, cB,
     HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    HAS_NORM: tl.constexpr, IN_ROWS: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr, ROUNDS: tl.constexpr, IN_ROWS: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of `total` and `normed`; IN_ROWS: `normed`, or the total without it, in fp8."""
+    """One row of `total` and `normed`; IN_ROWS: `normed`, or the total without it, in fp8.
+
+    ROUNDS: without a norm, the total goes into `normed` as it is, in that one's dtype.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch = row // N
     c = tl.arange(0, BLOCK)
@@ -64,7 +68,7 @@ def _residual_norm(
         values = values.to(normed_ptr.dtype.element_ty)
         tl.store(normed_ptr + row * C + c, values, mask=inside)
         tl.store(row_scale_ptr + row, row_scale)
-    elif HAS_NORM:
+    elif HAS_NORM or ROUNDS:
         normed = x.to(normed_ptr.dtype.element_ty)
         tl.store(normed_ptr + row * C + c, normed, mask=inside)
 
@@ -217,8 +221,12 @@ def _launch_residual(
     eps: float,
     limit: float,
     results: tuple[Tensor, Tensor, Tensor | None],
+    rounds: bool = False,
 ) -> None:
-    """`pairs` are gate, shift and scale; `results` total, normed, and scales of rows if in fp8."""
+    """`pairs` are gate, shift and scale; `results` total, normed, and scales of rows if in fp8.
+
+    If it `rounds` and there is no norm, the total goes into the memory for normed, if there is any.
+    """
     B, N, C = x.shape
     gate, _, scale = pairs
     parts = [_row(pair, x) for pair in pairs]
@@ -230,8 +238,8 @@ def _launch_residual(
         *(part for row in parts for part in row), N, C, eps, limit,
         *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in parts),
         HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
-        HAS_NORM=bool(scale), IN_ROWS=scales is not None, NATIVE=x.is_cuda,
-        BLOCK=block, num_warps=warps(block),
+        HAS_NORM=bool(scale), ROUNDS=rounds and normed.numel() > 0, IN_ROWS=scales is not None,
+        NATIVE=x.is_cuda, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
 
 

@@ -89,6 +89,18 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
     return reference.linear_attention(q, k, v, eps=eps)
 
 
+def packed_linear_attention(qkv: Tensor, width: int, *, eps: float) -> Tensor:
+    """`linear_attention` of a product's thirds: qkv (B, N, 3 H D) -> (B, N, H D), D `width`."""
+    q, k, v = (torch.unflatten(x, -1, (-1, width)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    if not is_inference(qkv) and uses_triton(qkv) and qkv.is_contiguous():
+        from sana.kernels import linear_attention as fast
+
+        if fast.supports(q, k, v):
+            out: Tensor = fast.packed_linear_attention(qkv, width, eps)[0]
+            return out
+    return linear_attention(q, k, v, eps=eps).transpose(1, 2).flatten(2)
+
+
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention of q (B, H, N, D) to k and v (B, H, T, D); bias (B, 1, 1, T) on scores."""
     if allows("cross_attention") and is_inference(q, k, v) and uses_triton(q):
@@ -102,6 +114,8 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
 
 def modulate(x: Tensor, shift: Row, scale: Row, dtype: torch.dtype | None = None) -> Tensor:
     """LN(x) (1 + scale) + shift of x (B, N, C); see `reference.modulate`."""
+    if trains_norms(x, *shift, *scale):
+        return _trained_norm(x, None, (shift, scale))[1]
     if not _fuses(x, *shift, *scale):
         return reference.modulate(x, shift.sum(), scale.sum(), dtype=dtype)
     from sana.kernels import norms
@@ -113,6 +127,8 @@ def modulate(x: Tensor, shift: Row, scale: Row, dtype: torch.dtype | None = None
 def add_branch(x: Tensor, branch: Branch) -> Tensor:
     """x + gate * clip(value); see `reference.add_branch`."""
     gate = branch.gate or ()
+    if trains_norms(x, branch.value, *gate):
+        return _trained_norm(x, branch, None)[0]
     if not _fuses(x, branch.value, *gate):
         return reference.add_branch(x, branch)
     from sana.kernels import norms
@@ -127,6 +143,8 @@ def add_and_modulate(
 ) -> tuple[Tensor, Tensor]:
     """`add_branch`, and `modulate` of its result, in one pass."""
     gate = branch.gate or ()
+    if trains_norms(x, branch.value, *gate, *shift, *scale):
+        return _trained_norm(x, branch, (shift, scale))
     if not _fuses(x, branch.value, *gate, *shift, *scale):
         total = reference.add_branch(x, branch)
         return total, reference.modulate(total, shift.sum(), scale.sum(), dtype=dtype)
@@ -136,6 +154,15 @@ def add_and_modulate(
         x, branch.value, [*gate], [*shift], [*scale], NORM_EPS, branch.limit or 0.0
     )
     return total, normed
+
+
+def add_and_round(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
+    """`add_branch`, and its result as a product takes it: perhaps in the branch's dtype."""
+    if trains_norms(x, branch.value, *(branch.gate or ())):
+        total, rounded = _trained_norm(x, branch, None, rounds=True)
+        return total, rounded if rounded.numel() else total
+    total = add_branch(x, branch)
+    return total, total
 
 
 def add_and_scale(
@@ -289,20 +316,20 @@ def aggregate_(wide: Tensor, taps: Tensor, product: Tensor, place: int) -> bool:
 
 def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.glu_depthwise`; weight (2F, 1, 3, 3). Gives x away."""
-    if is_inference(x, weight, bias) and uses_triton(x):
+    needs_gradient = not is_inference(x, weight, bias)
+    if uses_triton(x) and (allows("glu_gradient") or not needs_gradient):
         from sana.kernels import glumbconv
 
+        mix = glumbconv.glu_depthwise
+        if needs_gradient:
+            from sana.kernels import glumbconv_gradient
+
+            mix = glumbconv_gradient.trained
         if glumbconv.supports(x, weight, bias):
             # The approximation is finer than bf16's digits, and coarser than those of others.
             fast = allows("tanh_silu") and x.dtype == torch.bfloat16
-            out: Tensor = glumbconv.glu_depthwise(x, weight, bias, fast)
+            out: Tensor = mix(x, weight, bias, fast)
             return out
-    elif allows("glu_gradient") and uses_triton(x):
-        from sana.kernels import glumbconv, glumbconv_gradient
-
-        if glumbconv.supports(x, weight, bias) and glumbconv_gradient.supports(x, weight, bias):
-            trained: Tensor = glumbconv.glu_depthwise(x, weight, bias, False)
-            return trained
     # One name, so that no map of 2F channels outlives its use.
     x = reference.silu_depthwise(x, weight, bias)
     return reference.gated(x)
@@ -345,6 +372,30 @@ def knows_prompt_attention(x: Tensor, head_dim: int, cap: float) -> bool:
 def is_inference(*tensors: Tensor) -> bool:
     """Whether no gradient can be asked of a result of these."""
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def trains_norms(x: Tensor, *others: Tensor) -> bool:
+    """Whether residuals and norms of these have gradients by kernels; a compiler's are as fast."""
+    if torch.compiler.is_compiling() or not allows("norm_gradient"):
+        return False
+    if is_inference(x, *others) or not uses_triton(x):
+        return False
+    from sana.kernels import norms_gradient
+
+    return norms_gradient.supports(x, *others)
+
+
+def _trained_norm(
+    x: Tensor, branch: Branch | None, modulation: tuple[Row, Row] | None, *, rounds: bool = False
+) -> tuple[Tensor, Tensor]:
+    from sana.kernels import norms_gradient
+
+    value, gate, limit = branch or (None, None, None)
+    shift, scale = ([*row] for row in modulation or ((), ()))
+    total, normed = norms_gradient.trained_norm(
+        x, value, [*(gate or ())], shift, scale, NORM_EPS, limit or 0.0, rounds
+    )
+    return total, normed
 
 
 def _fuses(x: Tensor, *others: Tensor) -> bool:

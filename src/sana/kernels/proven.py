@@ -34,11 +34,13 @@ Way: TypeAlias = Literal[
     "gemma_joined",
     "scaled_rows",
     "glu_gradient",
+    "norm_gradient",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
 H200 = "benchmarks/results/2026-11-27-kernels-nvidia-h200.md"
 LATER = "benchmarks/results/2026-11-28-kernels-nvidia-h100.md"
+TRAINING = "benchmarks/results/2026-11-28-training-nvidia-h100.md"
 
 REPORTS: Mapping[Way, str | None] = MappingProxyType(
     {
@@ -76,7 +78,9 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         # fp8 alone: rows and their scales by our kernels, with the norm before them where one is.
         "scaled_rows": LATER,
         # Training: the mix-FFN's middle and its gradients by kernels.
-        "glu_gradient": None,
+        "glu_gradient": TRAINING,
+        # Training: residual, norm and modulation with their gradients by kernels.
+        "norm_gradient": TRAINING,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -262,7 +262,11 @@ class LinearDiT(Stem):
             time if isinstance(time, Moment) else self.embed_time(time, guidance)
         )
         texts, bias = self.block_texts(embedded, mask)
-        is_open = residuals is None and not torch.is_grad_enabled() and ops.uses_triton(x)
+        # A compiler sees a block, and not what is left open for the next one.
+        is_whole = any(block._compiled_call_impl is not None for block in self.blocks)
+        fuses = ops.trains_norms(x, modulation) and not is_whole
+        fuses = fuses or (not torch.is_grad_enabled() and ops.uses_triton(x))
+        is_open = residuals is None and fuses
         whole: Tensor | Open = x
         del x
         for index, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
@@ -371,5 +375,4 @@ def summed(x: Tensor, branch: Branch, dtype: torch.dtype) -> tuple[Tensor, Tenso
     """The tokens with their branch, and the same as a product in `dtype` takes it."""
     if dtype == FP8:
         return ops.add_and_scale(x, branch, None)
-    total = ops.add_branch(x, branch)
-    return total, total
+    return ops.add_and_round(x, branch)

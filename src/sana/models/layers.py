@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sana.config import DiTConfig
 from sana.kernels import ops
-from sana.kernels.ops import linear_attention
+from sana.kernels.ops import linear_attention, packed_linear_attention
 from sana.kernels.reference import Rows
 from sana.models.rounding import Product
 
@@ -120,7 +120,17 @@ class LinearSelfAttention(nn.Module):
 
         A caller that clips to `limit` itself says so.
         """
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.qkv(x)
+        if isinstance(self.query_norm, RMSNorm) or perturbed:
+            mixed = self._mix(qkv, perturbed)
+        else:
+            mixed = packed_linear_attention(qkv, self.head_dim, eps=self.eps)
+        attended: Tensor = self.output(mixed)
+        limit = self.limit(attended.dtype)
+        return attended.clamp(-limit, limit) if clips and limit is not None else attended
+
+    def _mix(self, qkv: Tensor, perturbed: int) -> Tensor:
+        query, key, value = qkv.chunk(3, dim=-1)
         seeing = len(query) - perturbed
         q = split_heads(self.query_norm(query[:seeing]), self.head_dim)
         k = split_heads(self.key_norm(key[:seeing]), self.head_dim)
@@ -128,9 +138,7 @@ class LinearSelfAttention(nn.Module):
         mixed = linear_attention(q, k, v, eps=self.eps).transpose(1, 2).flatten(2)
         if perturbed:
             mixed = torch.cat([mixed, value[seeing:]])
-        attended: Tensor = self.output(mixed)
-        limit = self.limit(attended.dtype)
-        return attended.clamp(-limit, limit) if clips and limit is not None else attended
+        return mixed
 
 
 class CrossAttention(nn.Module):

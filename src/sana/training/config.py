@@ -156,6 +156,9 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    graph: bool = False
+    """Loss and gradients as one CUDA graph, for task flow on one GPU with accumulate=1: where
+    launching takes longer than computing, as with batches of few tokens."""
     ema: float = 0.999
     """Decay of the averaged weights; 0 keeps none."""
     save_every: int = 500
@@ -178,6 +181,11 @@ class TrainConfig:
         for name in ("steps", "save_every", "log_every"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require(
+            not self.graph or (self.task == "flow" and self.data.accumulate == 1),
+            f"graph=true with task {self.task} and data.accumulate {self.data.accumulate}; it is "
+            "for task flow and data.accumulate=1",
+        )
         _require(0 <= self.ema < 1, f"ema is {self.ema}; it must be in 0..1, below 1")
 
 

@@ -9,6 +9,7 @@ compute what one process computes with twice the accumulation. Start reading at 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -26,6 +27,7 @@ from sana import distributed
 from sana.distributed import Place
 from sana.errors import TrainingError
 from sana.training import checkpoint
+from sana.training.capture import Captured
 from sana.training.config import TrainConfig
 from sana.training.journal import Journal
 from sana.training.optim import Average, make_optimizers, rate_factor, set_rate
@@ -115,7 +117,8 @@ def train(config: TrainConfig, task: Task, place: Place) -> Progress:
     for phase in task.phases:
         phase.module = distributed.wrap(phase.module, place)
     journal = Journal(folder, place)
-    run = _Run(config, task, place, optimizers, average, progress, journal, config.steps)
+    captured = _captured(config, task, place) if config.graph else None
+    run = _Run(config, task, place, optimizers, average, progress, journal, config.steps, captured)
     try:
         run.to_end()
     except KeyboardInterrupt:
@@ -125,6 +128,27 @@ def train(config: TrainConfig, task: Task, place: Place) -> Progress:
         )
         raise
     return progress
+
+
+def gradients(
+    config: TrainConfig, phase: Phase, batch: Any, generator: torch.Generator, of: int = 1
+) -> dict[str, Tensor]:
+    """Losses of one of `of` micro-batches; adds their gradients to the parameters'."""
+    device = generator.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        losses = phase.loss(batch, generator)
+    (losses["loss"] / of).backward()
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def _captured(config: TrainConfig, task: Task, place: Place) -> Captured:
+    if place.device.type != "cuda" or place.world > 1:
+        raise TrainingError(
+            f"graph=true on {place.device.type} in {place.world} processes; it is for one GPU in "
+            "one process: use graph=false"
+        )
+    phase = task.phases[0]
+    return Captured(functools.partial(gradients, config, phase), _trained(phase.module))
 
 
 def busy_workers(workers: int, chunk: int) -> int:
@@ -152,6 +176,8 @@ class _Run:
     journal: Journal
     planned: int
     """Steps of the whole run; fewer than `config.steps` where a time limit says so."""
+    captured: Captured | None
+    """The only phase's gradients, with `config.graph`."""
 
     def to_end(self) -> None:
         config, progress = self.config, self.progress
@@ -231,19 +257,17 @@ class _Run:
             self.average.update(distributed.unwrap(self.task.phases[0].module))
 
     def _accumulate(self, phase: Phase, batches: list[tuple[Any, torch.Generator]]) -> None:
-        device = self.place.device.type
         for index, (batch, generator) in enumerate(batches):
             with contextlib.ExitStack() as stack:
                 module, is_last = phase.module, index + 1 == len(batches)
                 if not is_last and isinstance(module, nn.parallel.DistributedDataParallel):
                     stack.enter_context(module.no_sync())
-                with torch.autocast(
-                    device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
-                ):
-                    losses = phase.loss(batch, generator)
-                (losses["loss"] / len(batches)).backward()
+                if self.captured is not None:
+                    losses = self.captured(batch, generator)
+                else:
+                    losses = gradients(self.config, phase, batch, generator, len(batches))
             for name, value in losses.items():
-                self._note(f"{phase.name}/{name}", value.detach() / len(batches))
+                self._note(f"{phase.name}/{name}", value / len(batches))
 
     def _note(self, name: str, value: Tensor) -> None:
         means = self.progress.means
