@@ -6,8 +6,8 @@
 #
 # MODEL: the model folder to start from. PACK, PERCEPTUAL: from `sana data stickers` and `sana data
 # perceptual`. WORK: a folder for runs, logs and the result (WORK/model). WHOLE, DECODER, FLOW: seconds
-# of the whole autoencoder, of its decoder alone, and of the transformer. CARDS and FLOW_CARDS: the
-# GPUs of the autoencoder and of the transformer.
+# of the whole autoencoder, of its decoder alone, and of the transformer. With WHOLE 0 the autoencoder stays
+# as it is, as in the fifth run. CARDS and FLOW_CARDS: the GPUs of the autoencoder and of the transformer.
 set -euo pipefail
 model=$1 pack=$2 perceptual=$3 work=$4 whole=${5:-680} decoder=${6:-290} flow=${7:-392}
 mkdir -p "$work/log"
@@ -29,15 +29,19 @@ if __name__ == '__main__':
     load_world('$pack', avatars=5000, cache=Path('$work/cache'))"
 date "+%T pack drawn"
 
-# Whole pictures: at a crop's border, which no picture has, half a decibel is lost for nothing.
-train "${CARDS:-0}" whole sticker-autoencoder seed=21 init="$model" time_limit="$whole" \
-    optimizer.decay=0.6 autoencoder.latent_noise=0.02 data.crop=0 data.batch=24
-cp "$model/text.safetensors" "$work/whole/model/"
-
-train "${CARDS:-0}" decoder sticker-decoder seed=22 init="$work/whole/model" data.crop=0 \
-    data.batch=32 autoencoder.latent_noise=0.01 time_limit="$decoder"
 mkdir -p "$work/model"
-cp "$work/decoder/model/autoencoder.safetensors" "$model/text.safetensors" "$work/model/"
+if ((whole == 0)); then
+    cp "$model/autoencoder.safetensors" "$model/text.safetensors" "$work/model/"
+else
+    # Whole pictures: at a crop's border, which no picture has, half a decibel is lost for nothing.
+    train "${CARDS:-0}" whole sticker-autoencoder seed=21 init="$model" time_limit="$whole" \
+        optimizer.decay=0.6 autoencoder.latent_noise=0.02 data.crop=0 data.batch=24
+    cp "$model/text.safetensors" "$work/whole/model/"
+
+    train "${CARDS:-0}" decoder sticker-decoder seed=22 init="$work/whole/model" data.crop=0 \
+        data.batch=32 autoencoder.latent_noise=0.01 time_limit="$decoder"
+    cp "$work/decoder/model/autoencoder.safetensors" "$model/text.safetensors" "$work/model/"
+fi
 
 train "${FLOW_CARDS:-0,1}" flow sticker-512 seed=24 init="$model" flow.autoencoder="$work/model" \
     time_limit="$flow" optimizer.decay=0.7 optimizer.warmup=50 optimizer.rate=1.4e-3

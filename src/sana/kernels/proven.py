@@ -40,7 +40,7 @@ Way: TypeAlias = Literal[
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
 H200 = "benchmarks/results/2026-11-27-kernels-nvidia-h200.md"
 LATER = "benchmarks/results/2026-11-28-kernels-nvidia-h100.md"
-TRAINING = "benchmarks/results/2026-11-28-training-nvidia-h100.md"
+TRAINING = "benchmarks/results/2026-11-28-training-nvidia-h200.md"
 
 REPORTS: Mapping[Way, str | None] = MappingProxyType(
     {

@@ -126,12 +126,7 @@ class Composer:
             tuple(c for c in everything if style in self._styles["train"][c])
             for style in range(len(world.styles))
         )
-        self._style_bounds = tuple(
-            accumulate(
-                len(concepts) ** 0.5 * (_MAIN_SHARE if style == 0 else 1.0)
-                for style, concepts in enumerate(self._in_style)
-            )
-        )
+        self._style_bounds = _style_bounds([len(concepts) for concepts in self._in_style])
         faces = range(len(world.avatars))
         kept = [a for a in faces if a % _AVATAR_STRIDE == _AVATAR_STRIDE - 1]
         self._faces: dict[Split, tuple[int, ...]] = {
@@ -364,6 +359,12 @@ class Composer:
         is_named = dice.chance(0.7)
         background = backgrounds.choose(dice, worn, is_named=is_named, has_landscapes=False)
         return self.portrait(dice, number, background, is_named=is_named)
+
+
+def _style_bounds(counts: Sequence[int]) -> tuple[float, ...]:
+    """Running weights of training's styles, by how many concepts each has; the main one first."""
+    weights = [count**0.5 for count in counts]
+    return tuple(accumulate([_MAIN_SHARE * weights[0], *weights[1:]]))
 
 
 def draw_scene(world: World, index: int, *, seed: int, split: Split = "train") -> Scene:
