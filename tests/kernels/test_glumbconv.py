@@ -83,7 +83,7 @@ def test_a_compiled_caller_goes_through_the_kernel() -> None:
         assert torch.equal(triton(*inputs), compiled(*inputs))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 2, 5), (1, 1, 1, 3), (1, 6, 5, 70), (1, 7, 35, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 2, 5), (1, 1, 1, 3), (1, 4, 3, 70), (1, 3, 33, 3)])
 def test_gradients_equal_the_references(shape: tuple[int, int, int, int]) -> None:
     inputs = draw(*shape, torch.float32)
     generator = torch.Generator().manual_seed(7)

@@ -390,7 +390,7 @@ def test_windows_are_spread_with_bias_and_shortcut(dim: int, out: int) -> None:
     assert_detects(check, x.roll(1, dims=1))
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 35)])
+@pytest.mark.parametrize(("height", "width"), [(2, 3), (3, 33)])
 def test_a_scale_is_filtered_and_mixed_beside_its_map(height: int, width: int) -> None:
     pytest.importorskip("triton", reason="triton is made for Linux only")
     x = draw(2, 32, height, width)
