@@ -89,7 +89,18 @@ def _collect_seldom() -> None:
     once more before the process ends, took half a second.
     """
     gc.set_threshold(SELDOM)
-    atexit.register(gc.freeze)
+    atexit.register(_end)
+
+
+def _end() -> None:
+    """The last thing a process of our own does, after all else that was registered.
+
+    triton's bindings print pages about every object that is not collected; nobody can use them.
+    """
+    gc.freeze()
+    if "triton" in sys.modules:
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _run(arguments: list[str]) -> int:
