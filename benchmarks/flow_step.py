@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.commands import named_ways  # noqa: E402
+from benchmarks.errors import rel_rms  # noqa: E402
 from sana.kernels import ops  # noqa: E402
 from sana.models.dit import LinearDiT  # noqa: E402
 from sana.pipelines.timing import synchronize  # noqa: E402
@@ -199,7 +200,7 @@ def _measure(
             for line in _profile(step, one, options.top):
                 print(line, flush=True)
     breaks = f", breaks: {_breaks()}" if way.is_compiled else ""
-    apart = {name: _rel_rms(exact[name], got[name]) for name in exact}
+    apart = {name: rel_rms(exact[name], got[name]) for name in exact}
     worst = max(apart, key=lambda name: apart[name])
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     return (
@@ -265,10 +266,6 @@ def _empty(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def _rel_rms(exact: Tensor, got: Tensor) -> float:
-    return float((got - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def _mean(apart: dict[str, float]) -> float:

@@ -31,6 +31,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.commands import named_ways  # noqa: E402
+from benchmarks.errors import rel_rms  # noqa: E402
 from sana.kernels import reference  # noqa: E402
 from sana.kernels.reference import FP8  # noqa: E402
 from sana.models.rounding import SCALED, scaled_weight  # noqa: E402
@@ -201,12 +202,6 @@ def first_latent(pipeline: object, request: object) -> tuple[Tensor, Tensor]:
     """The latents of the first and second step."""
     steps = pipeline.steps(request)  # type: ignore[attr-defined]
     return tuple(next(steps).latent.clone() for _ in range(2))  # type: ignore[return-value]
-
-
-def rel_rms(exact: Tensor, got: Tensor) -> float:
-    """RMS of the difference over RMS of the reference; NaN where anything is."""
-    exact = exact.double()
-    return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def main() -> int:

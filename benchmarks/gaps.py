@@ -1,7 +1,7 @@
 """Kernels of one CUDA graph in their order, the gaps between them, and what other ways make of it.
 
     python benchmarks/gaps.py                                   # on a GPU: a step of 1.6B
-    python benchmarks/gaps.py --of sana-600m-1024 --variants "; overlap; norms.IS_SPLIT=1"
+    python benchmarks/gaps.py --of sana-600m-1024 --variants "; cross_attention; glumbconv.AHEAD=0"
     python benchmarks/gaps.py --of dc-ae --profile              # kernels and gaps of first and last
     python benchmarks/gaps.py --tiny                            # the same, small, on any machine
 
@@ -32,12 +32,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.errors import rel_rms  # noqa: E402
 from benchmarks.kernels import (  # noqa: E402
     TEXT,
     Draw,
     patched,
     random_network,
-    rel_rms,
     table,
     tiny_decoder,
 )

@@ -45,6 +45,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.commands import named_ways  # noqa: E402
+from benchmarks.errors import rel_rms  # noqa: E402
 from gemmas import TINY  # noqa: E402
 from sana.config import DCAEConfig, DiTConfig, GemmaConfig  # noqa: E402
 from sana.kernels import ops, reference  # noqa: E402
@@ -800,13 +801,6 @@ def fresh(inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def flat(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
-
-
-def rel_rms(exact: Tensor, got: Tensor) -> float:
-    """RMS of the difference over RMS of the reference; NaN where anything is."""
-    exact = exact.double()
-    difference = got.double() - exact
-    return float(difference.square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana.kernels.launching import op
+from sana.kernels.reference import thirds
 
 BLOCK_N = 64
 NUM_WARPS = 2
@@ -276,7 +277,7 @@ def packed_linear_attention(qkv: Tensor, width: int, eps: float) -> tuple[Tensor
 
     So the gradient of qkv is written where it stays, instead of being joined from three.
     """
-    out, state, norm = linear_attention.launch(*_thirds(qkv, width), eps)
+    out, state, norm = linear_attention.launch(*thirds(qkv, width), eps)
     return out.transpose(1, 2).flatten(2), state, norm
 
 
@@ -296,7 +297,7 @@ def packed_linear_attention_backward(
     """The gradient of qkv."""
     dqkv = torch.empty_like(qkv)
     heads = g.unflatten(-1, (-1, width)).transpose(1, 2)
-    _launch_backward(heads, _thirds(qkv, width), state, norm, eps, _thirds(dqkv, width))
+    _launch_backward(heads, thirds(qkv, width), state, norm, eps, thirds(dqkv, width))
     return dqkv
 
 
@@ -318,12 +319,6 @@ def _differentiate_packed(ctx, g, _state, _norm):
 
 
 packed_linear_attention.register_autograd(_differentiate_packed, setup_context=_keep_packed)
-
-
-def _thirds(qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, H, N, D) as views of (B, N, 3 H D)."""
-    q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-    return q, k, v
 
 
 def _parts(N: int) -> tuple[int, int]:

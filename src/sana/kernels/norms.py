@@ -26,6 +26,13 @@ PLAIN, RELU, SILU = 0, 1, 2
 
 
 @triton.jit
+def load_row(table, time, c, C):
+    """A block's row and the time's, summed, in fp32."""
+    own = tl.load(table + c, mask=c < C, other=0.0).to(tl.float32)
+    return own + tl.load(time + c, mask=c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _residual_norm(
     x_ptr, branch_ptr, total_ptr, normed_ptr, row_scale_ptr,
     gate_table, gate_time, shift_table, shift_time, scale_table, scale_time,
@@ -48,9 +55,7 @@ def _residual_norm(
         if HAS_LIMIT:
             branch = tl.minimum(tl.maximum(branch, -limit), limit)
         if HAS_GATE:
-            gate = tl.load(gate_table + c, mask=inside, other=0.0).to(tl.float32)
-            gate += tl.load(gate_time + batch * gB + c, mask=inside, other=0.0).to(tl.float32)
-            branch = branch * gate
+            branch = branch * load_row(gate_table, gate_time + batch * gB, c, C)
         total = (x + branch).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * C + c, total, mask=inside)
         x = total.to(tl.float32)
@@ -58,10 +63,8 @@ def _residual_norm(
         mean = tl.sum(x, 0) / C
         centered = tl.where(inside, x - mean, 0.0)
         rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
-        scale = tl.load(scale_table + c, mask=inside, other=0.0).to(tl.float32)
-        scale += tl.load(scale_time + batch * cB + c, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_table + c, mask=inside, other=0.0).to(tl.float32)
-        shift += tl.load(shift_time + batch * sB + c, mask=inside, other=0.0).to(tl.float32)
+        scale = load_row(scale_table, scale_time + batch * cB, c, C)
+        shift = load_row(shift_table, shift_time + batch * sB, c, C)
         x = centered * rstd * (1 + scale) + shift
     if IN_ROWS:
         values, row_scale = as_rows(x, 0, NATIVE)
@@ -229,14 +232,14 @@ def _launch_residual(
     """
     B, N, C = x.shape
     gate, _, scale = pairs
-    parts = [_row(pair, x) for pair in pairs]
+    parts = [row_of(pair, x) for pair in pairs]
     total, normed, scales = results
     block = triton.next_power_of_2(C)
     _residual_norm[(B * N,)](
         x, x if branch is None else branch.contiguous(), total, normed,
         total if scales is None else scales,
         *(part for row in parts for part in row), N, C, eps, limit,
-        *(row[1].stride(0) if row[1].dim() > 1 and len(row[1]) > 1 else 0 for row in parts),
+        *(time_stride(row) for row in parts),
         HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
         HAS_NORM=bool(scale), ROUNDS=rounds and normed.numel() > 0, IN_ROWS=scales is not None,
         NATIVE=x.is_cuda, BLOCK=block, num_warps=warps(block),
@@ -264,7 +267,13 @@ def _launch(
     )  # fmt: skip
 
 
-def _row(pair: list[Tensor], instead: Tensor) -> list[Tensor]:
+def time_stride(row: list[Tensor]) -> int:
+    """Between the time's rows of two samples; 0 where all have the same."""
+    time = row[1]
+    return time.stride(0) if time.dim() > 1 and len(time) > 1 else 0
+
+
+def row_of(pair: list[Tensor], instead: Tensor) -> list[Tensor]:
     """Pointers for the kernel, of what is there or of anything."""
     if not pair:
         return [instead.view(-1), instead.view(-1)]

@@ -21,20 +21,13 @@ from torch import Tensor
 
 from sana.kernels import rows
 from sana.kernels.launching import op
-from sana.kernels.norms import _launch_residual, _row
+from sana.kernels.norms import _launch_residual, load_row, row_of, time_stride
 
 TOKENS = 16
 """Of one program."""
 NUM_WARPS = 4
 GATE, SHIFT, SCALE = range(3)
 """Places in the sums."""
-
-
-@triton.jit
-def _load_row(table, time, c, C):
-    """A block's row and the time's, summed."""
-    own = tl.load(table + c, mask=c < C, other=0.0).to(tl.float32)
-    return own + tl.load(time + c, mask=c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -67,8 +60,8 @@ def _norm_gradients(
     o = tl.zeros((BLOCK,), tl.float32)
     sum_gate, sum_shift, sum_scale = o, o, o
     # Without a gate it is 1, without a norm nobody reads the scale; either then costs nothing.
-    gate = _load_row(gate_table, gate_time + batch * gB, c, C) if HAS_GATE else o + 1
-    scale = 1 + _load_row(scale_table, scale_time + batch * cB, c, C) if HAS_NORM else o
+    gate = load_row(gate_table, gate_time + batch * gB, c, C) if HAS_GATE else o + 1
+    scale = 1 + load_row(scale_table, scale_time + batch * cB, c, C) if HAS_NORM else o
     for index in range(TOKENS):
         n = part * TOKENS + index
         inside = c < tl.where(n < N, C, 0)
@@ -149,14 +142,14 @@ def trained_norm_backward(
     """
     B, N, C = total.shape
     dx, dbranch, sums = _gradients(x, total, branch)
-    pairs = [_row(pair, total) for pair in (gate, scale)]
+    pairs = [row_of(pair, total) for pair in (gate, scale)]
     block = triton.next_power_of_2(C)
     _norm_gradients[(sums.shape[1], B)](
         total if dtotal is None else dtotal.contiguous(),
         total if dnormed is None else dnormed.contiguous(),
         total.contiguous(), total if branch is None else branch.contiguous(), dx, dbranch, sums,
         *(part for pair in pairs for part in pair), N, C, eps, limit,
-        *(pair[1].stride(0) if pair[1].dim() > 1 and len(pair[1]) > 1 else 0 for pair in pairs),
+        *(time_stride(pair) for pair in pairs),
         HAS_DTOTAL=dtotal is not None, HAS_DNORMED=dnormed is not None,
         HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
         HAS_NORM=bool(scale), TOKENS=TOKENS, BLOCK=block, num_warps=NUM_WARPS,

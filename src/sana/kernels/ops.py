@@ -91,7 +91,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
 
 def packed_linear_attention(qkv: Tensor, width: int, *, eps: float) -> Tensor:
     """`linear_attention` of a product's thirds: qkv (B, N, 3 H D) -> (B, N, H D), D `width`."""
-    q, k, v = (torch.unflatten(x, -1, (-1, width)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    q, k, v = reference.thirds(qkv, width)
     if not is_inference(qkv) and uses_triton(qkv) and qkv.is_contiguous():
         from sana.kernels import linear_attention as fast
 

@@ -62,6 +62,12 @@ class Branch(NamedTuple):
     limit: float | None = None
 
 
+def thirds(qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, D) as views of (B, N, 3 H D), D `width`."""
+    q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    return q, k, v
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
     """sum_j relu(q_i).relu(k_j) v_j / (sum_j relu(q_i).relu(k_j) + eps), in O(N) time and memory.
 
