@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels.cells import load_cell, raw_cell
+from sana.kernels.cells import raw_column
 from sana.kernels.launching import op
 
 BLOCK_F = 128
@@ -53,25 +53,19 @@ def _silu(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _read(x_ptr, h, w, H, W, F, c, end, FAST: tl.constexpr):
-    """silu of x at row h and column w, channels c < end; 0 outside, as the convolution's border."""
-    return _silu(load_cell(x_ptr, h, w, H, W, 2 * F, c, end), FAST)
-
-
-@triton.jit
-def _cells(x_ptr, h, w, H, W, F, c, end):
-    """x in column w of four rows from h - 1 on, as it is."""
-    return (
-        raw_cell(x_ptr, h - 1, w, H, W, 2 * F, c, end),
-        raw_cell(x_ptr, h, w, H, W, 2 * F, c, end),
-        raw_cell(x_ptr, h + 1, w, H, W, 2 * F, c, end),
-        raw_cell(x_ptr, h + 2, w, H, W, 2 * F, c, end),
-    )
-
-
-@triton.jit
 def _tap(weight_ptr, c, is_inside, PLACE: tl.constexpr):
     return tl.load(weight_ptr + c * 9 + PLACE, mask=is_inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _activated(a, b, c, d, FAST: tl.constexpr):
+    """silu of the four cells of a column, in fp32; 0 stays 0, as the convolution's border."""
+    return (
+        _silu(a.to(tl.float32), FAST),
+        _silu(b.to(tl.float32), FAST),
+        _silu(c.to(tl.float32), FAST),
+        _silu(d.to(tl.float32), FAST),
+    )
 
 
 @triton.jit
@@ -80,10 +74,7 @@ def _step(
     t0, t1, t2, t3, t4, t5, t6, t7, t8, left_0, left_1, here_0, here_1, FAST: tl.constexpr,
 ):  # fmt: skip
     """Takes column w; returns what is done at w - 1 in both rows, and the sums for w and w + 1."""
-    a = _silu(a.to(tl.float32), FAST)
-    b = _silu(b.to(tl.float32), FAST)
-    d = _silu(d.to(tl.float32), FAST)
-    e = _silu(e.to(tl.float32), FAST)
+    a, b, d, e = _activated(a, b, d, e, FAST)
     done_0 = left_0 + t2 * a + t5 * b + t8 * d
     done_1 = left_1 + t2 * b + t5 * d + t8 * e
     left_0 = here_0 + t1 * a + t4 * b + t7 * d
@@ -134,17 +125,17 @@ def _glu_depthwise(
     lv0, lv1, rv0, rv1 = bv, bv, bv, bv
     lg0, lg1, rg0, rg1 = bg, bg, bg, bg
     if AHEAD:
-        va, vb, vd, ve = _cells(x_ptr, h, start - 1, H, W, F, v, F)
+        va, vb, vd, ve = raw_column(x_ptr, h, start - 1, H, W, 2 * F, v, F)
     for step in range(SEGMENT + 2):
         w = start + step - 1
         if not AHEAD:
-            va, vb, vd, ve = _cells(x_ptr, h, w, H, W, F, v, F)
-        ga, gb, gd, ge = _cells(x_ptr, h, w, H, W, F, g, 2 * F)
+            va, vb, vd, ve = raw_column(x_ptr, h, w, H, W, 2 * F, v, F)
+        ga, gb, gd, ge = raw_column(x_ptr, h, w, H, W, 2 * F, g, 2 * F)
         value_0, value_1, lv0, lv1, rv0, rv1 = _step(
             va, vb, vd, ve, bv, v0, v1, v2, v3, v4, v5, v6, v7, v8, lv0, lv1, rv0, rv1, FAST
         )
         if AHEAD:
-            va, vb, vd, ve = _cells(x_ptr, h, w + 1, H, W, F, v, F)
+            va, vb, vd, ve = raw_column(x_ptr, h, w + 1, H, W, 2 * F, v, F)
         gate_0, gate_1, lg0, lg1, rg0, rg1 = _step(
             ga, gb, gd, ge, bg, g0, g1, g2, g3, g4, g5, g6, g7, g8, lg0, lg1, rg0, rg1, FAST
         )

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels.cells import load_cell
-from sana.kernels.glumbconv import SEGMENT, _read, _taps, glu_depthwise
+from sana.kernels.cells import load_cell, raw_column
+from sana.kernels.glumbconv import SEGMENT, _activated, _taps, glu_depthwise
 from sana.kernels.launching import op
 
 SUMMING_F = 64
@@ -44,14 +44,10 @@ def _zeros(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _column(ptr, h, w, H, W, F, c, end, FAST: tl.constexpr):
+def _column(ptr, h, w, H, W, C, c, end, FAST: tl.constexpr):
     """silu of four cells of column w, from row h - 1 on."""
-    return (
-        _read(ptr, h - 1, w, H, W, F, c, end, FAST),
-        _read(ptr, h, w, H, W, F, c, end, FAST),
-        _read(ptr, h + 1, w, H, W, F, c, end, FAST),
-        _read(ptr, h + 2, w, H, W, F, c, end, FAST),
-    )
+    t0, t1, t2, t3 = raw_column(ptr, h, w, H, W, C, c, end)
+    return _activated(t0, t1, t2, t3, FAST)
 
 
 @triton.jit
@@ -146,8 +142,8 @@ def _depthwise_gradients(
         av, bv, ag, bg = _zeros(BLOCK_F), (o, o, o, o), _zeros(BLOCK_F), (o, o, o, o)
         for step in range(SEGMENT + 2):
             w = start + step - 1
-            cv = _column(x_ptr, h, w, H, W, F, v, F, FAST)
-            cg = _column(x_ptr, h, w, H, W, F, g, C, FAST)
+            cv = _column(x_ptr, h, w, H, W, C, v, F, FAST)
+            cg = _column(x_ptr, h, w, H, W, C, g, C, FAST)
             last = tl.where((w > start) & (w <= W) & (h < H), F, 0)
             lower = tl.where(h + 1 < H, last, 0)
             out_0 = load_cell(g_ptr, h, w - 1, H, W, F, v, last)
