@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sana.config import from_json, to_json
-from sana.data.stickers.scene import KINDS, Kind
+from sana.data.stickers.scene import TRAINING_KINDS, TrainingKind
 from sana.errors import TrainingError
 
 TaskName = Literal["autoencoder", "grounding", "flow", "detector", "alignment", "traits"]
@@ -96,12 +96,12 @@ class DataConfig:
         )
         self.cycle()
 
-    def cycle(self) -> tuple[Kind, ...]:
+    def cycle(self) -> tuple[TrainingKind, ...]:
         """`kinds` as a tuple; TrainingError if one is unknown."""
-        named = {str(kind): kind for kind in KINDS}
+        named = {str(kind): kind for kind in TRAINING_KINDS}
         words = self.kinds.split()
         for word in words:
-            _require(word in named, f"data.kinds has {word!r}; known: {', '.join(KINDS)}")
+            _require(word in named, f"data.kinds has {word!r}; known: {', '.join(named)}")
         return tuple(named[word] for word in words)
 
 

@@ -163,7 +163,8 @@ def sticker_512() -> TrainConfig:
             batch=256,
             reuse=24,
             ring=1 << 16,
-            kinds="scene sticker scene sticker scene avatar scene sticker",
+            kinds="scene sticker scene styled scene sticker scene avatar "
+            "scene sticker scene styled scene sticker styled avatar",
         ),
         flow=FlowConfig(shift=2.5),
     )

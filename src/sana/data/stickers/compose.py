@@ -183,6 +183,19 @@ class Composer:
         """The colours that this split may turn the concept to; empty if it cannot be recoloured."""
         return self._colors[split][concept]
 
+    def draw_style(self, dice: Dice) -> int:
+        """A style for training: between all styles alike and all pairs of it and a concept alike,
+        so that small styles are no easier to learn."""
+        return dice.weighted(range(len(self.styles)), self._style_bounds)
+
+    def concepts_in(self, style: int) -> tuple[int, ...]:
+        """The concepts that training may show in a style."""
+        return self._in_style[style]
+
+    def extent_of(self, concept: int, style: int) -> tuple[float, float]:
+        """Opaque (width, height) of a concept's sprite as fractions of its square."""
+        return self._extents[self.sprite_of[concept][style]]
+
     def faces_like(self, number: int) -> tuple[int, ...]:
         """The portraits of the split that avatar `number` belongs to."""
         is_kept = number in self._faces["held_out"]
@@ -204,7 +217,7 @@ class Composer:
     ) -> Scene:
         """Up to four objects of one or two kinds, arranged and described as the dice fall."""
         group = [thing for thing in things for _ in range(thing.count)]
-        extents = [self._extents[self.sprite_of[thing.concept][0]] for thing in group]
+        extents = [self.extent_of(thing.concept, 0) for thing in group]
         has_ground = background.kind in backgrounds.GROUNDED
         squares = layout.arrange(dice, extents, relation, has_ground=has_ground)
         objects = tuple(
@@ -340,8 +353,7 @@ class Composer:
 
     def _draw_sticker(self, dice: Dice, split: Split) -> Scene:
         if split == "train":
-            # Between all styles alike and all pairs alike: small styles are no easier to learn.
-            style = dice.weighted(range(len(self.styles)), self._style_bounds)
+            style = self.draw_style(dice)
             concept = dice.pick(self._in_style[style])
         else:
             concept = dice.pick(self._styled[split])

@@ -58,6 +58,14 @@ _MEDIA = (
     "a cute picture of",
 )
 
+# What a thing of a group may be called by someone who does not say what it is.
+_LOOSE: dict[str, tuple[str, ...]] = {
+    "animals": ("an animal", "an animal", "something"),
+    "food": ("food", "something to eat", "something"),
+    "characters": ("a character", "somebody"),
+    "": ("something", "an object", "a thing"),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
@@ -117,13 +125,57 @@ def sticker_caption(dice: Dice, thing: Named, style: str, background: Background
             f"{bare} emoji in {style} style",
         )
     )
-    text = _correct_article(text)
-    if background is not None:
-        if text.count(",") or dice.chance(0.25):
-            text = f"{text}, {backgrounds.tag(dice, background)}"
-        else:
-            text = f"{text} {backgrounds.phrase(dice, background)}"
+    text = _before(dice, _correct_article(text), background)
     return finish(dice, text, (thing.objects,))
+
+
+def styled_caption(
+    dice: Dice,
+    things: Sequence[Named],
+    relation: Relation | None,
+    style: str,
+    background: Background | None,
+) -> Caption:
+    """A caption for one or two things in one named style ("two foxes in flat style")."""
+    what = _phrase(dice, things, relation, is_bare=False)
+    text = dice.pick(
+        (
+            f"{what} in {style} style",
+            f"{what} in {style} style",
+            f"{what}, {style} style",
+            f"{what}, {style}",
+            f"{what} drawn in {style} style",
+            f"an illustration of {what} in the {style} style",
+            f"a {style} style picture of {what}",
+            f"{style} style stickers of {what}",
+            f"in {style} style, {what}",
+            f"{_sentence(dice, things, relation)}, in {style} style",
+        )
+    )
+    text = _before(dice, _correct_article(text), background)
+    return finish(dice, text, tuple(thing.objects for thing in things))
+
+
+def loose_caption(
+    dice: Dice, concept: Concept, style: str, background: Background | None
+) -> Caption:
+    """A caption for one thing that names the style and not the thing ("a flat style sticker")."""
+    what = dice.pick(_LOOSE.get(concept.group, _LOOSE[""]))
+    text = dice.pick(
+        (
+            f"a {style} style sticker",
+            f"a {style} style emoji",
+            f"a sticker in {style} style",
+            f"an illustration in the {style} style",
+            f"{style} style",
+            f"{style} sticker",
+            f"{what} in {style} style",
+            f"{what}, {style} style",
+            f"a {style} style sticker of {what}",
+            f"a sticker of {what} in {style} style",
+        )
+    )
+    return finish(dice, _before(dice, _correct_article(text), background), ())
 
 
 def finish(dice: Dice, text: str, groups: Sequence[tuple[int, ...]]) -> Caption:
@@ -174,6 +226,14 @@ def pluralize(words: str) -> str:
     else:
         plural = head + "s"
     return plural + "".join(rest)
+
+
+def _before(dice: Dice, text: str, background: Background | None) -> str:
+    if background is None:
+        return text
+    if text.count(",") or dice.chance(0.25):
+        return f"{text}, {backgrounds.tag(dice, background)}"
+    return f"{text} {backgrounds.phrase(dice, background)}"
 
 
 def _correct_article(text: str) -> str:

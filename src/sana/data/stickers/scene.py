@@ -30,6 +30,9 @@ COLORS = (
 
 Kind = Literal["scene", "sticker", "avatar"]
 KINDS: tuple[Kind, ...] = ("scene", "sticker", "avatar")
+TrainingKind = Literal["scene", "sticker", "avatar", "styled"]
+"""Of these the last is shown in training alone (`styled`)."""
+TRAINING_KINDS: tuple[TrainingKind, ...] = (*KINDS, "styled")
 Task = Literal["single", "two", "counting", "colors", "position", "color_attribution"]
 Relation = Literal["left", "right", "above", "below"]
 Split = Literal["train", "held_out"]
@@ -95,10 +98,10 @@ class Scene:
 
     `relation` is where the first object lies as seen from the second, if the caption says so.
     `spans` are (start, end, object) characters of `caption` with each object's noun; objects that
-    share a noun ("three apples") share its span. `task` is None for stickers and avatars.
+    share a noun ("three apples") share its span. `task` is None for all but scenes.
     """
 
-    kind: Kind
+    kind: TrainingKind
     background: Background
     objects: tuple[Placed, ...]
     relation: Relation | None

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from sana.data.stickers.compose import Composer
 from sana.data.stickers.landscapes import send
 from sana.data.stickers.render import Renderer, SceneTensors
-from sana.data.stickers.scene import Kind, Scene
+from sana.data.stickers.scene import Scene, TrainingKind
+from sana.data.stickers.styled import draw_styled
 from sana.data.stickers.world import World
 
 
@@ -68,7 +69,7 @@ class SceneStream(Dataset[Any]):
     chunk: int = 1
     tokenizer: Tokenizer | None = None
     tokens: int = 64
-    kinds: Sequence[Kind] = ()
+    kinds: Sequence[TrainingKind] = ()
     """Taken in turn; none: as often as the composer draws each."""
 
     def draw(self, number: int) -> list[Scene]:
@@ -79,6 +80,8 @@ class SceneStream(Dataset[Any]):
 
     def _scene(self, index: int) -> Scene:
         kind = self.kinds[index % len(self.kinds)] if self.kinds else None
+        if kind == "styled":
+            return draw_styled(self.composer, index, seed=self.seed)
         return self.composer.draw(index, seed=self.seed, split="train", kind=kind)
 
     def __getitem__(self, item: int) -> SceneTensors | CaptionedScenes | None:

@@ -257,8 +257,6 @@ _CHANGERS: MappingProxyType[Change, Callable[[Dice, Composer, list[Thing]], list
         }
     )
 )
-_CHANGES: MappingProxyType[Kind, Callable[[Dice, Composer, Scene], Twins | None]] = (
-    MappingProxyType(
-        {"scene": _change_scene, "sticker": _change_sticker, "avatar": _change_portrait}
-    )
+_CHANGES: MappingProxyType[str, Callable[[Dice, Composer, Scene], Twins | None]] = MappingProxyType(
+    {"scene": _change_scene, "sticker": _change_sticker, "avatar": _change_portrait}
 )
