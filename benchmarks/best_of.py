@@ -7,9 +7,11 @@
 Draws each prompt 64 times, has every picture scored once by each judge and marked right or wrong by
 the grader (a detector trained with another seed on other pictures), and computes every N from these
 draws: the expected mark of the judge's choice among N of them, exact over all subsets, with a
-bootstrap over prompts. Prompts are held out and not the graded ones. It stops drawing when the next
-group of six prompts would not fit into --seconds; what was drawn by then is reported, and the same
-command goes on from there. Under torchrun the groups are shared.
+bootstrap over prompts. Prompts are held out and not the graded ones. With the traits.safetensors of
+`sana train sticker-traits` as the grader, prompts ask for styles on unseen pairs of concept and
+style, and right is who has the style; of the judges only alignment reads these. It stops drawing
+when the next group of six prompts would not fit into --seconds; what was drawn by then is reported,
+and the same command goes on from there. Under torchrun the groups are shared.
 Writes best-of.json and best-of.png to --output and prints a table last.
 """
 
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -41,6 +43,9 @@ from sana.evaluation.judges import StickerJudge
 from sana.evaluation.report import Share, bootstrap, table, write_json
 from sana.evaluation.sample import Settings, drawer
 from sana.evaluation.stickers import Judge, render_truth, score, summarize
+from sana.evaluation.traits import STYLE, TraitCase, trait_cases
+from sana.evaluation.traits import read as read_traits
+from sana.weights.files import read_file
 from sana.weights.load import load
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -49,14 +54,24 @@ RESERVE = 8.0
 COLORS = ((28, 100, 200), (214, 96, 20), (24, 138, 60), (130, 60, 190))
 GREY = (120, 120, 120)
 
-Scorer = Callable[[PromptCase, Tensor], list[float]]
+Case: TypeAlias = PromptCase | TraitCase
+Scorer = Callable[[Any, Tensor], list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grader:
+    """Who marks, on which prompts, and how often it is right on renders of them, by kind."""
+
+    cases: Sequence[Case]
+    mark: Callable[[Any, Tensor], list[float]]
+    own: dict[str, Share]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
     """All draws of one prompt: the grader's marks (0 or 1) and each judge's scores."""
 
-    case: PromptCase
+    case: Case
     marks: list[float]
     scores: dict[str, list[float]]
 
@@ -68,16 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
     with session(wanted.partition(":")[0]) as place:
         device = str(place.device) if place.world > 1 else options.device or place.device.type
         world = open_world(options)
-        grader = Judge(
-            detector=load_detector(options.grader, world, device),
-            world=world,
-            studio=Studio.open(world, torch.device(device)),
-        )
+        studio = Studio.open(world, torch.device(device))
+        grader = open_grader(options, world, studio, device)
         judges = {name: open_judge(name, path, world, device) for name, path in options.judge}
         components = load(options.model, device=device, dtype=torch.float32)
         draw = drawer(components, Settings(steps=options.steps, batch=options.batch))
-        cases = held_out_prompts(world, options.prompts, options.case_seed)
-        own = summarize(score(render_truth(cases, grader), cases, grader))
+        cases = grader.cases
         print(f"ready after {time.monotonic() - started:.1f} s", flush=True)
         kept = Kept.open(options, cases)
         barrier(place)
@@ -97,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         draws = kept.draws | {n: d for part in gather(mine, place) for n, d in part.items()}
         if place.is_main:
             in_order = [draws[n] for n in sorted(draws)]
-            report(in_order, own, options, time.monotonic() - started)
+            report(in_order, grader.own, options, time.monotonic() - started)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +120,7 @@ class Kept:
     draws: dict[int, Draws]
 
     @staticmethod
-    def open(options: argparse.Namespace, cases: Sequence[PromptCase]) -> Kept:
+    def open(options: argparse.Namespace, cases: Sequence[Case]) -> Kept:
         """Reads every `so-far-*.json` of the folder that answers the same question."""
         asked = (options.model, options.steps, options.count, options.case_seed, options.seed)
         question = repr((asked, options.grader, sorted(options.judge)))
@@ -135,12 +146,16 @@ class Kept:
         write_json(self.folder / f"so-far-{rank}.json", record)
 
 
-def judged(case: PromptCase, pictures: Tensor, grader: Judge, judges: dict[str, Scorer]) -> Draws:
+def judged(case: Case, pictures: Tensor, grader: Grader, judges: dict[str, Scorer]) -> Draws:
     """Marks and scores of one prompt's pictures."""
-    verdicts = score(pictures, [case] * len(pictures), grader)
     scores = {name: judge(case, pictures) for name, judge in judges.items()}
     check_scores(scores)
-    return Draws(case=case, marks=[float(v.is_right) for v in verdicts], scores=scores)
+    return Draws(case=case, marks=grader.mark(case, pictures), scores=scores)
+
+
+def kind_of(case: Case) -> str:
+    """Of a prompt of the exam its kind, of a styled one its style."""
+    return case.kind if isinstance(case, PromptCase) else case.wanted[STYLE]
 
 
 def check_scores(scores: dict[str, list[float]]) -> None:
@@ -186,8 +201,8 @@ def report(draws: Sequence[Draws], own: dict[str, Share], options: Any, seconds:
     kinds = {
         name: {
             kind: {str(n): asdict(share) for n, share in curve(part, name).items()}
-            for kind in TASKS
-            if (part := [d for d in draws if d.case.kind == kind])
+            for kind in sorted({kind_of(d.case) for d in draws})
+            if (part := [d for d in draws if kind_of(d.case) == kind])
         }
         for name, _ in options.judge
     }
@@ -211,7 +226,7 @@ def report(draws: Sequence[Draws], own: dict[str, Share], options: Any, seconds:
         },
         "kinds": kinds,
         "marks": [
-            {"prompt": d.case.prompt, "kind": d.case.kind, "marks": d.marks, "scores": d.scores}
+            {"prompt": d.case.prompt, "kind": kind_of(d.case), "marks": d.marks, "scores": d.scores}
             for d in draws
         ],
     }
@@ -225,7 +240,8 @@ def report(draws: Sequence[Draws], own: dict[str, Share], options: Any, seconds:
     for name, by_kind in kinds.items():
         shown = ", ".join(f"{kind} {Share(**at[str(most)])}" for kind, at in by_kind.items())
         print(f"{name}, N = {most}: {shown}")
-    print(f"grader on renders: {own['all']}")
+    whole = own["all"] if "all" in own else own[STYLE]
+    print(f"grader on renders: {whole}")
     for name, value in agreement.items():
         share = "no such pair" if value is None else f"{value:.3f}"
         print(f"{name}: of a right and a wrong picture of one prompt, prefers the right: {share}")
@@ -278,6 +294,33 @@ def plot(curves: dict[str, dict[int, Share]]) -> Image.Image:
     return image
 
 
+def open_grader(options: argparse.Namespace, world: World, studio: Studio, device: str) -> Grader:
+    """A detector with the exam's kinds of prompts, or a judge of traits with prompts of styles."""
+    count, seed = options.prompts, options.case_seed
+    if read_file(Path(options.grader))[0].get("kind") == "traits":
+        blind = [name for name, _ in options.judge if not name.startswith("alignment")]
+        if blind:
+            raise SystemExit(f"judge {blind[0]!r} knows no styles; take alignment=FILE alone")
+        eyes = read_traits(options.grader, device)
+        styled = trait_cases(studio.composer, "sticker", count, seed)
+
+        def has_style(case: TraitCase, pictures: Tensor) -> list[float]:
+            return [float(seen[STYLE] == case.wanted[STYLE]) for seen in eyes.name(pictures)]
+
+        shown = [studio.renderer.render([case.scene], 256) for case in styled]
+        right = [has_style(case, render) for case, render in zip(styled, shown, strict=True)]
+        return Grader(cases=styled, mark=has_style, own={STYLE: bootstrap(right)})
+    judge = Judge(detector=load_detector(options.grader, world, device), world=world, studio=studio)
+    cases = held_out_prompts(world, count, seed)
+
+    def is_right(case: PromptCase, pictures: Tensor) -> list[float]:
+        verdicts = score(pictures, [case] * len(pictures), judge)
+        return [float(verdict.is_right) for verdict in verdicts]
+
+    own = summarize(score(render_truth(cases, judge), cases, judge))
+    return Grader(cases=cases, mark=is_right, own=dict(own))
+
+
 def open_judge(name: str, path: str, world: World, device: str) -> Scorer:
     if name.startswith("alignment"):
         aligner, _ = read_alignment(path, device)
@@ -299,7 +342,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="sticker-512")
     parser.add_argument("--pack", default=".data/stickers.pack", help='sticker pack, or "tiny"')
     parser.add_argument("--cache", default=".data/cache")
-    parser.add_argument("--grader", required=True, help="detector.safetensors of another seed")
+    parser.add_argument("--grader", required=True, help="detector or traits, of another seed")
     parser.add_argument(
         "--judge",
         action="append",

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import best_of
 from numerics import assert_detects
 from sana.data.stickers.prompts import PromptCase
+from sana.data.stickers.tiny import tiny_world
 from sana.training.recipes import plan
 from sana.training.run import make_task
 from sana.training.tasks import alignment
@@ -79,6 +80,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             ("a", "detector", 0),
             ("b", "detector", 1),
             ("c", "alignment", 0),
+            ("d", "traits", 0),
         ):
             config = plan(f"sticker-{recipe}", [*SMALL, f"seed={seed}"])
             make_task(config, CPU).export(folder / name)
@@ -86,6 +88,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "judge": folder / "a" / "detector.safetensors",
         "grader": folder / "b" / "detector.safetensors",
         "alignment": folder / "c" / "alignment.safetensors",
+        "traits": folder / "d" / "traits.safetensors",
     }
 
 
@@ -111,6 +114,24 @@ def test_the_program_reports_what_fits_into_the_time(
             0 <= share["low"] <= share["value"] <= share["high"] <= 1 for share in curve.values()
         )
     assert (tmp_path / "best-of.png").stat().st_size > 1000
+    assert "6 prompts x 2 draws" in capsys.readouterr().out
+
+
+def test_a_judge_of_traits_grades_prompts_of_styles(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(models | {"grader": models["traits"]}, tmp_path)
+    with pytest.raises(SystemExit, match="judge 'sticker' knows no styles"):
+        best_of.main(words)
+    at = words.index("--judge")
+    best_of.main(words[:at] + words[at + 2 :])
+    record: dict[str, Any] = json.loads((tmp_path / "best-of.json").read_text())
+    assert set(record["curves"]) == {"alignment", "the grader itself (bound)"}
+    styles = tiny_world().styles
+    for row in record["marks"]:
+        assert row["kind"] in styles and row["kind"] in row["prompt"]
+        assert set(row["marks"]) <= {0.0, 1.0}
+    assert list(record["grader_on_renders"]) == ["style"]
     assert "6 prompts x 2 draws" in capsys.readouterr().out
 
 
