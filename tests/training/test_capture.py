@@ -96,6 +96,8 @@ def test_a_graph_needs_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
         train(config, LineTask(config, CPU), CPU)
 
 
+# The compiler looks at every tensor, and torch warns of that.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_flow_step_with_a_graph_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, compiled: bool
