@@ -232,21 +232,32 @@ def _profile(step: Callable[[], None], seconds: float, top: int) -> Iterator[str
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-    events.sort(key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in events) / 1000
-    launches = sum(event.count for event in events)
-    yield f"  {total:.1f} ms on the device of {1000 * seconds:.1f}, {launches} launches"
+    yield from kernel_lines(profiler, seconds, top)
+
+
+def kernel_lines(profiler: Any, seconds: float, top: int, steps: int = 1) -> Iterator[str]:
+    """A step's groups and costliest kernels, from a profile of `steps` that take `seconds` each.
+
+    Where nothing ran on a device, those are ops on the host.
+    """
+    averages = profiler.key_averages()
+    took = {event.key: event.self_device_time_total / 1000 / steps for event in averages}
+    if not any(took.values()):
+        took = {event.key: event.self_cpu_time_total / 1000 / steps for event in averages}
+    events = [event for event in averages if took[event.key] > 0]
+    events.sort(key=lambda event: -took[event.key])
+    launches = sum(event.count for event in events) / steps
+    total = sum(took.values())
+    yield f"  {total:.1f} ms on the device of {1000 * seconds:.1f}, {launches:.0f} launches"
     sums: dict[str, float] = {}
     for event in events:
         fitting = (name for name, words in GROUPS.items() if re.search(words, event.key))
         group = next(fitting, "other")
-        sums[group] = sums.get(group, 0.0) + event.self_device_time_total / 1000
+        sums[group] = sums.get(group, 0.0) + took[event.key]
     ordered = sorted(sums.items(), key=lambda pair: -pair[1])
-    yield "  " + ", ".join(f"{name} {took:.1f}" for name, took in ordered)
+    yield "  " + ", ".join(f"{name} {part:.1f}" for name, part in ordered)
     for event in events[:top]:
-        took = event.self_device_time_total / 1000
-        yield f"  {took:8.3f} ms {event.count:5d} x {event.key[:96]}"
+        yield f"  {took[event.key]:8.3f} ms {event.count / steps:5.0f} x {event.key[:96]}"
 
 
 def _breaks() -> str:

@@ -1,7 +1,8 @@
 """Data-parallel training under torchrun; the only file that reads torchrun's variables.
 
 `session()` opens the process group and closes it again; `wrap` puts DistributedDataParallel around
-a module when there is more than one process. Everything works unchanged in a single process.
+a module when there is more than one process; `equalize` and `average_gradients` do the same for a
+captured step. Everything works unchanged in a single process.
 """
 
 from __future__ import annotations
@@ -65,6 +66,23 @@ def wrap(module: nn.Module, place: Place) -> nn.Module:
         # Half the bytes between GPUs; each process still accumulates in fp32.
         parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
     return parallel
+
+
+def equalize(module: nn.Module, place: Place) -> None:
+    """Give every process the parameters and buffers of the first, as `wrap` does."""
+    if place.world > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def average_gradients(row: Tensor, place: Place) -> None:
+    """Average a row of gradients over all processes, in place; with the same rounding as `wrap`."""
+    if place.world == 1:
+        return
+    sent = row.bfloat16() if place.device.type == "cuda" else row
+    dist.all_reduce(sent.div_(place.world))
+    if sent is not row:
+        row.copy_(sent)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,27 @@ from torch.utils.data import Dataset
 
 from sana import distributed
 from sana.distributed import Place
+from sana.training.capture import Losses, Replay, cuda_capture
 from sana.training.config import DataConfig, OptimizerConfig, TrainConfig
 from sana.training.loop import train
 
 CPU = Place(rank=0, world=1, device=torch.device("cpu"))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    points: Tensor
+
+
+def again(call: Callable[[], Losses], _: torch.Generator) -> tuple[Replay, Losses]:
+    """In place of a graph, on a CPU: a replay calls again, and losses stay where they are."""
+    output = call()
+
+    def replay() -> None:
+        for name, value in call().items():
+            output[name].copy_(value)
+
+    return replay, output
 
 
 class Points(Dataset[Tensor]):
@@ -35,9 +54,10 @@ class LinePhase:
         self.module: nn.Module = nn.Linear(3, 1)
         self.bad_steps, self.calls = bad_steps, 0
 
-    def loss(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        noise = torch.randn(len(batch), 1, generator=generator)
-        error = self.module(batch) - batch.sum(1, keepdim=True) - 0.1 * noise
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        points = batch.points
+        noise = torch.randn(len(points), 1, generator=generator)
+        error = self.module(points) - points.sum(1, keepdim=True) - 0.1 * noise
         self.calls += 1
         scale = float("nan") if self.calls - 1 in self.bad_steps else 1.0
         return {"loss": error.square().mean() * scale}
@@ -60,8 +80,8 @@ class LineTask:
     def warm_up(self, micro: int) -> int:
         return 0
 
-    def prepare(self, item: Tensor, *, is_warm_up: bool, generator: torch.Generator) -> Tensor:
-        return item
+    def prepare(self, item: Tensor, *, is_warm_up: bool, generator: torch.Generator) -> Batch:
+        return Batch(item)
 
     def sample(self) -> None:
         return None
@@ -88,23 +108,29 @@ def make_config(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def fit(folder: Path, place: Place = CPU, **changes: Any) -> dict[str, Tensor]:
-    """Train and return the final weights and averages."""
+    """Train and return the final weights and averages; with graph=True, `again` is the graph."""
     config = make_config(folder, **changes)
     task = LineTask(config, place)
-    train(config, task, place)
+    train(config, task, place, again if config.graph else cuda_capture)
     module = distributed.unwrap(task.phase.module)
     return dict(module.state_dict()) | {
         f"average.{name}": value for name, value in (task.exported or [{}])[0].items()
     }
 
 
-def fit_in_process(rank: int, world: int, folder: str, port: int) -> None:
-    """One of several gloo processes; the main one leaves its weights in the folder."""
+def fit_in_process(
+    rank: int, world: int, folder: str, port: int, graph: bool = False, averages: bool = True
+) -> None:
+    """One of several gloo processes; the main one leaves its weights in the folder.
+
+    With a graph, processes start from other weights, and need not average their gradients.
+    """
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    if not averages:
+        distributed.average_gradients = lambda row, place: None
     with distributed.session("cpu") as place:
-        weights = fit(Path(folder), place, steps=6)
-    if rank == 0:
-        torch.save(weights, Path(folder) / "weights.pt")
+        weights = fit(Path(folder), place, steps=6, graph=graph)
+    torch.save(weights, Path(folder) / f"weights{rank}.pt")

@@ -6,19 +6,24 @@ memory and with the generator that the graph would have.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sana.errors import TrainingError
-from sana.training.capture import Captured, Losses, Replay, cuda_capture
+from sana.training.capture import Captured, Losses, cuda_capture
 from sana.training.config import TrainConfig, override
 from sana.training.loop import train
+from sana.training.recipes import plan
+from sana.training.run import make_task
 from tests.numerics import assert_detects, assert_matches
-from tests.training.lines import CPU, LineTask, make_config
+from tests.training.lines import CPU, LineTask, again, make_config
+from tests.training.small import SMALL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,7 +35,7 @@ class Batch:
 
 
 class Noisy:
-    """A linear layer, with noise on what it is to give; its gradients begin anew each time."""
+    """A linear layer, with noise on what it is to give."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -39,24 +44,8 @@ class Noisy:
     def gradients(self, batch: Batch, generator: torch.Generator) -> Losses:
         noise = torch.randn(batch.wanted.shape, generator=generator, device=DEVICE)
         loss = (self.layer(batch.x) - batch.wanted - noise).square().mean()
-        for parameter in self.layer.parameters():
-            parameter.grad = None
         loss.backward()
         return {"loss": loss.detach()}
-
-    def again(self, call: Callable[[], Losses], _: torch.Generator) -> tuple[Replay, Losses]:
-        """In place of a graph: results stay where they are, as a graph's do."""
-        output = call()
-        kept = [parameter.grad for parameter in self.layer.parameters()]
-
-        def replay() -> None:
-            for name, value in call().items():
-                output[name].copy_(value)
-            for parameter, place in zip(self.layer.parameters(), kept, strict=True):
-                assert place is not None and parameter.grad is not None
-                place.copy_(parameter.grad)
-
-        return replay, output
 
 
 def results(
@@ -78,7 +67,7 @@ def results(
 def test_batches_and_their_random_numbers_reach_a_graph() -> None:
     plain, caught = Noisy(), Noisy()
     expected = results(plain.gradients, plain.layer)
-    capture = cuda_capture if DEVICE == "cuda" else caught.again
+    capture = cuda_capture if DEVICE == "cuda" else again
     captured = Captured(caught.gradients, list(caught.layer.parameters()), capture)
 
     def check(first: int) -> None:
@@ -91,7 +80,7 @@ def test_batches_and_their_random_numbers_reach_a_graph() -> None:
 
 def test_another_shape_is_refused() -> None:
     own = Noisy()
-    captured = Captured(own.gradients, list(own.layer.parameters()), own.again)
+    captured = Captured(own.gradients, list(own.layer.parameters()), again)
     generator = torch.Generator(DEVICE)
     shapes = [
         Batch(torch.ones(n, 3, device=DEVICE), torch.ones(n, 2, device=DEVICE)) for n in (4, 5)
@@ -101,10 +90,51 @@ def test_another_shape_is_refused() -> None:
         captured(shapes[1], generator)
 
 
-def test_a_graph_needs_one_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_graph_needs_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
     config = override(make_config(tmp_path_factory.mktemp("run"), steps=1), ["graph=true"])
-    with pytest.raises(TrainingError, match="graph=true on cpu in 1 processes"):
+    with pytest.raises(TrainingError, match="graph=true on cpu"):
         train(config, LineTask(config, CPU), CPU)
+
+
+# The compiler looks at every tensor, and torch warns of that.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_flow_step_with_a_graph_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, compiled: bool
+) -> None:
+    """Of the tiny transformer, under autocast: weights are rounded anew in each replay."""
+
+    def compile_all(modules: list[nn.Module]) -> None:
+        for module in modules:
+            module.compile(backend="aot_eager", dynamic=False)
+
+    monkeypatch.setattr("sana.training.run._compile", compile_all)
+    found = []
+    for graph, capture in ((False, cuda_capture), (True, again)):
+        changes = (
+            *SMALL,
+            "init=",
+            "precision=bf16",
+            "steps=3",
+            f"compile={str(compiled).lower()}",
+            f"graph={str(graph).lower()}",
+            f"folder={tmp_path / str(graph)}",
+        )
+        config = plan("sticker-512", changes)
+        task = make_task(config, CPU)
+        train(config, task, CPU, capture)
+        lines = (tmp_path / str(graph) / "log.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["flow/loss"] for line in lines]
+        found.append((losses, task.phases[0].module.state_dict()))
+    (losses, weights), (captured, others) = found
+    assert losses == captured and len(set(losses)) == 3
+
+    def check(changed: dict[str, Tensor]) -> None:
+        for name, value in weights.items():
+            assert torch.equal(value, changed[name]), name
+
+    check(others)
+    assert_detects(check, {name: value * 1.01 for name, value in others.items()})
 
 
 @pytest.mark.parametrize("change", ["task=detector", "data.accumulate=2"])

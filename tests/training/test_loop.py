@@ -13,7 +13,7 @@ from torch import Tensor
 from sana.errors import TrainingError
 from sana.training.loop import busy_workers, train
 from tests.numerics import assert_detects, assert_matches
-from tests.training.lines import CPU, LineTask, fit, fit_in_process, make_config
+from tests.training.lines import CPU, Batch, LineTask, fit, fit_in_process, make_config
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -22,25 +22,39 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def test_five_and_five_steps_equal_ten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", [False, True])
+def test_five_and_five_steps_equal_ten(tmp_path: Path, *, graph: bool) -> None:
     whole = fit(tmp_path / "whole", steps=10)
-    fit(tmp_path / "halves", steps=5)
-    resumed = fit(tmp_path / "halves", steps=10)
+    fit(tmp_path / "halves", steps=5, graph=graph)
+    resumed = fit(tmp_path / "halves", steps=10, graph=graph)
     assert_same(whole, resumed)
     assert_detects(lambda other: assert_same(whole, other), fit(tmp_path / "other", steps=9))
 
 
-def test_two_processes_equal_twice_the_accumulation(tmp_path: Path) -> None:
+def fit_in_two(folder: Path, *options: bool) -> list[dict[str, Tensor]]:
+    """The weights of two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(fit_in_process, (2, str(tmp_path / "two"), port), nprocs=2)
-    two = torch.load(tmp_path / "two" / "weights.pt")
+    torch.multiprocessing.spawn(fit_in_process, (2, str(folder), port, *options), nprocs=2)
+    return [torch.load(folder / f"weights{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_two_processes_equal_twice_the_accumulation(tmp_path: Path, *, graph: bool) -> None:
+    two, other = fit_in_two(tmp_path / "two", graph)
+    assert torch.equal(two["weight"], other["weight"])
     one = fit(tmp_path / "one", steps=6, batch=8, accumulate=2)
     for name in ("weight", "bias", "average.weight"):
         assert_matches(one[name], two[name], 1e-6)  # floor 6e-8
     half = fit(tmp_path / "half", steps=6, batch=4)
     assert_detects(lambda other: assert_matches(one["weight"], other, 1e-6), half["weight"])
+
+
+def test_captured_gradients_must_be_averaged_over_processes(tmp_path: Path) -> None:
+    one = fit(tmp_path / "one", steps=6, batch=8, accumulate=2)
+    alone, _ = fit_in_two(tmp_path / "two", True, False)
+    assert_detects(lambda other: assert_matches(one["weight"], other, 1e-6), alone["weight"])
 
 
 def test_a_bad_step_is_skipped_and_counted(tmp_path: Path) -> None:
@@ -65,7 +79,7 @@ def test_an_interrupted_run_is_saved_and_goes_on(tmp_path: Path) -> None:
     task = LineTask(config, CPU)
     inner = task.phase.loss
 
-    def loss(batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         if task.phase.calls == 4:
             raise KeyboardInterrupt
         return inner(batch, generator)

@@ -29,7 +29,7 @@ from sana.training.run import make_task, run
 from sana.training.tasks.grounding import load_refiner
 from sana.weights.load import find_folder, load, load_autoencoder, load_dit
 from tests.numerics import assert_detects
-from tests.training.lines import CPU, LineTask, make_config
+from tests.training.lines import CPU, Batch, LineTask, make_config
 from tests.training.small import SMALL
 
 STEPS = 2
@@ -203,7 +203,7 @@ def test_a_time_limit_ends_the_run_with_its_decay(
         task = LineTask(config, CPU)
         inner = task.phase.loss
 
-        def loss(batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        def loss(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
             nonlocal now
             now += step_takes
             return inner(batch, generator)

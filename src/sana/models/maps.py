@@ -68,7 +68,10 @@ def activate(activation: Callable[..., Tensor], own: Tensor) -> Tensor:
 
 def convolve(conv: nn.Conv2d, x: Tensor, activation: Activation) -> Tensor:
     """act(conv(x)); on a GPU cuDNN would add the bias in a pass of its own."""
-    if ops.is_inference(x, conv.weight) and ops.uses_triton(x) and conv.bias is not None:
+    # Under autocast a bias in fp32 fits no result in bf16, and the convolution would be done twice.
+    fits = conv.bias is not None and conv.bias.dtype == x.dtype
+    if fits and ops.is_inference(x, conv.weight) and ops.uses_triton(x):
+        assert conv.bias is not None
         bare = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
         if ops.bias_act_(bare.permute(0, 2, 3, 1), conv.bias, activation):
             return bare

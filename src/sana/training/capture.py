@@ -1,8 +1,10 @@
 """A phase's loss and gradients as one CUDA graph, so that the device never waits for launches.
 
-A graph reads a batch and writes gradients in memory of its own. What is random in the loss is
-drawn by a generator that the graph knows, set to the state of each micro-batch's own, so that a
-step draws the same numbers with and without the graph. The optimizer is not part of it.
+A graph reads a batch and writes all gradients, one behind the other, in memory of its own; between
+processes that row is averaged after each replay, so no DistributedDataParallel is needed. What is
+random in the loss is drawn by a generator that the graph knows, set to the state of each
+micro-batch's own, so that a step draws the same numbers with and without the graph. The optimizer
+is not part of it. What is captured must enter autocast itself, or weights once rounded stay so.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Captured:
     """`gradients` of a batch, captured at its first call; all batches have its shapes.
 
     `gradients(batch, generator)` leaves gradients in the parameters and returns the losses.
+    `average` is given all gradients as one row after each replay, to change in place.
     """
 
     def __init__(
@@ -52,9 +55,12 @@ class Captured:
         gradients: Callable[[Any, torch.Generator], Losses],
         parameters: list[nn.Parameter],
         capture: Capture = cuda_capture,
+        average: Callable[[Tensor], None] = lambda row: None,
     ) -> None:
-        self._compute, self._parameters, self._capture = gradients, parameters, capture
+        self._compute, self._parameters = gradients, parameters
+        self._capture, self._average = capture, average
         self._replay: Replay | None = None
+        self._row: Tensor | None = None
 
     def __call__(self, batch: Any, generator: torch.Generator) -> Losses:
         """Losses of a batch, a dataclass of tensors; its gradients are in the parameters.
@@ -64,7 +70,7 @@ class Captured:
         """
         if self._replay is None:
             self._prepare(batch, generator)
-        assert self._replay is not None
+        assert self._replay is not None and self._row is not None
         for kept, given in zip(_tensors(self._batch), _tensors(batch), strict=True):
             if kept.shape != given.shape or kept.dtype != given.dtype:
                 raise TrainingError(
@@ -74,7 +80,8 @@ class Captured:
             kept.copy_(given)
         self._generator.set_state(generator.get_state())
         self._replay()
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        self._average(self._row)
+        for parameter, gradient in zip(self._given, self._gradients, strict=True):
             parameter.grad = gradient
         return {name: value.clone() for name, value in self._losses.items()}
 
@@ -85,27 +92,41 @@ class Captured:
         self._batch = dataclasses.replace(batch, **copies)
         self._generator = torch.Generator(generator.device)
         self._generator.set_state(generator.get_state())
+        self._warm_up()
+        self._replay, self._losses = self._capture(self._call, self._generator)
 
-        def call() -> Losses:
-            return self._compute(self._batch, self._generator)
-
-        self._warm_up(call)
-        self._replay, self._losses = self._capture(call, self._generator)
-        self._gradients = [parameter.grad for parameter in self._parameters]
-
-    def _warm_up(self, call: Callable[[], Losses]) -> None:
-        """On a stream of its own, as a graph is captured; leaves no gradients."""
+    def _warm_up(self) -> None:
+        """On a stream of its own, as a graph is captured; makes the row of gradients."""
         if self._generator.device.type != "cuda":
-            call()
-            self._clear()
+            self._call()
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                call()
-                self._clear()
+                self._call()
         torch.cuda.current_stream().wait_stream(stream)
+
+    def _call(self) -> Losses:
+        """Losses of the kept batch; its gradients are copied into the row."""
+        self._clear()
+        losses = self._compute(self._batch, self._generator)
+        if self._row is None:
+            self._lay_out()
+        # Had backward views of the row to add to, it would launch a sum for every parameter.
+        gradients = [parameter.grad for parameter in self._given]
+        torch.cat([grad.flatten() for grad in gradients if grad is not None], out=self._row)
+        self._clear()
+        return losses
+
+    def _lay_out(self) -> None:
+        """The row, and each gradient's place in it."""
+        self._given = [p for p in self._parameters if p.grad is not None]
+        sizes = [parameter.numel() for parameter in self._given]
+        first = self._given[0]
+        self._row = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        parts = zip(self._row.split(sizes), self._given, strict=True)
+        self._gradients = [part.view(parameter.shape) for part, parameter in parts]
 
     def _clear(self) -> None:
         for parameter in self._parameters:

@@ -157,7 +157,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     graph: bool = False
-    """Loss and gradients as one CUDA graph, for task flow on one GPU with accumulate=1: where
+    """Loss and gradients as one CUDA graph, compiled or not, for task flow with accumulate=1: where
     launching takes longer than computing, as with batches of few tokens."""
     ema: float = 0.999
     """Decay of the averaged weights; 0 keeps none."""

@@ -27,7 +27,7 @@ from sana import distributed
 from sana.distributed import Place
 from sana.errors import TrainingError
 from sana.training import checkpoint
-from sana.training.capture import Captured
+from sana.training.capture import Capture, Captured, cuda_capture
 from sana.training.config import TrainConfig
 from sana.training.journal import Journal
 from sana.training.optim import Average, make_optimizers, rate_factor, set_rate
@@ -104,20 +104,24 @@ class Progress:
             )
 
 
-def train(config: TrainConfig, task: Task, place: Place) -> Progress:
+def train(
+    config: TrainConfig, task: Task, place: Place, capture: Capture = cuda_capture
+) -> Progress:
     """Run `task` to `config.steps`, resuming from `config.folder` when it holds a checkpoint.
 
-    Raises TrainingError when `stop_after_bad` steps in a row gave a non-finite gradient.
+    `capture` makes the graph of `config.graph`; the default is for GPUs. Raises TrainingError when
+    `stop_after_bad` steps in a row gave a non-finite gradient.
     """
     folder = Path(config.folder)
     optimizers = [make_optimizers(phase.module, config.optimizer) for phase in task.phases]
     average = Average(task.phases[0].module, config.ema) if config.ema else None
     progress = Progress()
     checkpoint.resume(folder, config, task, optimizers, average, progress)
-    for phase in task.phases:
-        phase.module = distributed.wrap(phase.module, place)
+    captured = _captured(config, task, place, capture) if config.graph else None
+    if captured is None:
+        for phase in task.phases:
+            phase.module = distributed.wrap(phase.module, place)
     journal = Journal(folder, place)
-    captured = _captured(config, task, place) if config.graph else None
     run = _Run(config, task, place, optimizers, average, progress, journal, config.steps, captured)
     try:
         run.to_end()
@@ -141,14 +145,17 @@ def gradients(
     return {name: value.detach() for name, value in losses.items()}
 
 
-def _captured(config: TrainConfig, task: Task, place: Place) -> Captured:
-    if place.device.type != "cuda" or place.world > 1:
-        raise TrainingError(
-            f"graph=true on {place.device.type} in {place.world} processes; it is for one GPU in "
-            "one process: use graph=false"
-        )
+def _captured(config: TrainConfig, task: Task, place: Place, capture: Capture) -> Captured:
+    if place.device.type != "cuda" and capture is cuda_capture:
+        raise TrainingError(f"graph=true on {place.device.type}; it is for GPUs: use graph=false")
     phase = task.phases[0]
-    return Captured(functools.partial(gradients, config, phase), _trained(phase.module))
+    distributed.equalize(phase.module, place)
+    return Captured(
+        functools.partial(gradients, config, phase),
+        _trained(phase.module),
+        capture,
+        functools.partial(distributed.average_gradients, place=place),
+    )
 
 
 def busy_workers(workers: int, chunk: int) -> int:

@@ -34,7 +34,7 @@ def run(recipe: str, changes: Sequence[str] = (), *, device: str = "auto") -> Pr
         return train(config, make_task(config, place), place)
 
 
-def make_task(config: TrainConfig, place: Place) -> Task:
+def make_task(config: TrainConfig, place: Place, world: World | None = None) -> Task:
     """The networks, data and losses of `config`, on this process's device."""
     torch.manual_seed(config.seed)
     if place.device.type == "cuda":
@@ -42,7 +42,7 @@ def make_task(config: TrainConfig, place: Place) -> Task:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     model = presets.preset(config.model).config
-    studio = Studio.open(load_data(config.data), place.device)
+    studio = Studio.open(world or load_data(config.data), place.device)
     if config.task == "autoencoder":
         return _autoencoder(config, model, studio, place)
     if config.task == "grounding":

@@ -56,6 +56,10 @@ class FlowTask:
         self.autoencoder, self.text = frozen
         self.autoencoder.requires_grad_(False).to(place.device)
         self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.precision == "bf16":
+            # Under autocast norms keep fp32 weights, and then no kernel takes them: in pieces they
+            # were most of the launches of a run.
+            self.autoencoder.encoder.to(torch.bfloat16)
         self.text.to(place.device)
         network.to(place.device)
         self.null = self._read_null()
