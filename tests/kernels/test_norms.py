@@ -109,3 +109,54 @@ def test_a_compiled_caller_goes_through_the_kernels() -> None:
             call(case.x, case.branch), compiled(case.x, case.branch), strict=True
         ):
             assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 3), (2, 600), (3, 100), (1, 2240)])
+def test_a_norm_in_two_parts_equals_the_reference(
+    tokens: int, width: int, dtype: torch.dtype, bound: float
+) -> None:
+    """Of 512 and 88 columns, of 2048 and 192, and in one part."""
+    case = Case(tokens, width, dtype)
+
+    def run(kind: torch.dtype, gate: Callable[[Row], Row] = lambda row: row) -> list[Tensor]:
+        x, value = case.x.to(kind), case.branch.to(kind)
+        shift, scale, third, *_ = case.rows(kind)
+        gated = Branch(value, gate(third), 1.5)
+        total, normed = ops.add_and_modulate(x, gated, shift, scale)
+        return [total, normed, ops.add_branch(x, gated), ops.modulate(x, shift, scale)]
+
+    exact = [result.to(dtype) for result in run(torch.float64)]
+
+    def check(gate: Callable[[Row], Row]) -> None:
+        with ops.force("triton"), ops.trying("split_norm"):
+            for expected, got in zip(exact, run(dtype, gate), strict=True):
+                assert_matches(expected, got, bound)
+
+    check(lambda row: row)
+    assert_detects(check, lambda row: Row(row.table, row.time + 0.05))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("tokens", "width", "lone"), [(1, 3, 1), (4, 600, 1), (3, 64, 2)])
+def test_a_lone_texts_row_is_added_to_all_of_its_tokens(
+    tokens: int, width: int, lone: int, dtype: torch.dtype, bound: float
+) -> None:
+    x = draw(3, tokens, width).to(dtype)
+    value, row = draw(3 - lone, tokens, width, seed=1), draw(lone, 1, width, seed=2)
+    shift, scale = (Row(draw(width, seed=3 + i), draw(3, width, seed=5 + i)) for i in range(2))
+
+    def run(kind: torch.dtype, row: Tensor) -> list[Tensor]:
+        rows = (Row(*(part.to(dtype).to(kind) for part in pair)) for pair in (shift, scale))
+        branch = Branch(value.to(dtype).to(kind), lone=row.to(dtype).to(kind))
+        return [*ops.add_and_modulate(x.to(kind), branch, *rows)]
+
+    exact = [result.to(dtype) for result in run(torch.float64, row)]
+
+    def check(row: Tensor) -> None:
+        with ops.force("triton"):
+            for expected, got in zip(exact, run(dtype, row), strict=True):
+                assert_matches(expected, got, bound)
+
+    check(row)
+    assert_detects(check, row + 0.1)

@@ -60,6 +60,14 @@ class Branch(NamedTuple):
     value: Tensor
     gate: Row | None = None
     limit: float | None = None
+    lone: Tensor | None = None
+    """(L, 1, C): what all tokens of the first L samples get; `value` is of the others then."""
+
+    def whole(self) -> Tensor:
+        """The value of all samples, neither clipped nor gated."""
+        if self.lone is None:
+            return self.value
+        return torch.cat([self.lone.expand(-1, self.value.shape[1], -1), self.value])
 
 
 def thirds(qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +117,7 @@ def modulate(
 
 def add_branch(x: Tensor, branch: Branch) -> Tensor:
     """x + gate * clip(value)."""
-    value = branch.value
+    value = branch.whole()
     if branch.limit is not None:
         value = value.clamp(-branch.limit, branch.limit)
     return x + (value if branch.gate is None else branch.gate.sum() * value)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import DiTConfig
-from sana.kernels import ops
+from sana.kernels import laid, ops
 from sana.kernels.reference import FP8, Branch, Row, Rows
 from sana.models.layers import (
     CrossAttention,
@@ -57,9 +57,9 @@ class Prepared(NamedTuple):
     """All that the blocks make of a text, which no step changes; `prepare` makes it once."""
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
-    """For each block, keys and values (B, H, T, D / H)."""
+    """For each block, keys and values (B, H, T, D / H), or as `laid.lay` makes them."""
     bias: Tensor | None
-    """From `mask_bias`."""
+    """From `mask_bias`; with `laid.lay` how many tokens count (B,)."""
     lone: tuple[Tensor, ...] = ()
     """For each block what the first samples (L, 1, D) get, whose text is one token; then keys,
     values and bias are those of the others alone."""
@@ -117,11 +117,9 @@ class Stem(nn.Module):
             tokens = embedded[:count].take_along_dim(places, dim=1)
             alone = tuple(reader.prepare_lone(tokens) for reader in readers)
             embedded, mask = embedded[count:], mask[count:]
-        return Prepared(
-            keys_values=tuple(reader.prepare(embedded) for reader in readers),
-            bias=mask_bias(mask, embedded.dtype),
-            lone=alone,
-        )
+        pairs = tuple(reader.prepare(embedded) for reader in readers)
+        bias = mask_bias(mask, embedded.dtype)
+        return Prepared(*(laid.lay(pairs, bias, mask) or (pairs, bias)), alone)
 
     def block_texts(
         self, text: Tensor | Prepared, mask: Tensor | None
@@ -334,7 +332,7 @@ class Block(nn.Module):
         x, mixed = normed(x, shift, scale, products)
         # Branches have no names here, so that none outlives its sum.
         x, asking = summed(x, self._attend(mixed, gate, perturbed), products)
-        crossed = Open(x, Branch(self.cross_attention(asking, text, bias)))
+        crossed = Open(x, self.cross_attention.branch(asking, text, bias))
         del asking
         x, mixed = normed(crossed, shift_mlp, scale_mlp, products)
         del crossed
