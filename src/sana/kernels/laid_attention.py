@@ -76,8 +76,10 @@ def _attend(
     q_ptr += batch * qB + tl.multiple_of(head * qH, 8)
     out_ptr += batch * oB + tl.multiple_of(head * oH, 8)
     inside = (n < N)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + n[:, None] * qN + d[None, :], mask=inside, other=0.0)
-    q = tl.where((d == D)[None, :], 1.0, q).to(q_ptr.dtype.element_ty)
+    # So that it is as it was loaded: what was computed would be read for each product anew.
+    one = tl.where((d == D)[None, :], 1.0, tl.zeros((BLOCK_N, WIDE), tl.float32))
+    one = one.to(q_ptr.dtype.element_ty)
+    q = tl.load(q_ptr + n[:, None] * qN + d[None, :], mask=inside, other=one)
     keys_ptr += (group * P + t[:, None]) * WIDE + d[None, :]
     values_ptr += (group * P + t[:, None]) * WIDE + d[None, :]
     count = tl.load(count_ptr + batch)
