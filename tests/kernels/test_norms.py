@@ -10,7 +10,7 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.kernels import ops, reference
-from sana.kernels.reference import Branch, Row
+from sana.kernels.reference import Branch, Lone, Row
 
 norms = pytest.importorskip("sana.kernels.norms", reason="triton is made for Linux only")
 
@@ -142,21 +142,25 @@ def test_a_norm_in_two_parts_equals_the_reference(
 def test_a_lone_texts_row_is_added_to_all_of_its_tokens(
     tokens: int, width: int, lone: int, dtype: torch.dtype, bound: float
 ) -> None:
-    x = draw(3, tokens, width).to(dtype)
-    value, row = draw(3 - lone, tokens, width, seed=1), draw(lone, 1, width, seed=2)
-    shift, scale = (Row(draw(width, seed=3 + i), draw(3, width, seed=5 + i)) for i in range(2))
+    shapes = [(3, tokens, width)] * 2 + [(3 - lone, tokens, width)] * 2 + [(lone, 1, width)]
+    x, before, seen, value, row = (draw(*shape, seed=i) for i, shape in enumerate(shapes))
+    gate, shift, scale = (Row(draw(width, seed=i), draw(3, width, seed=3 * i)) for i in (6, 7, 8))
 
-    def run(kind: torch.dtype, row: Tensor) -> list[Tensor]:
-        rows = (Row(*(part.to(dtype).to(kind) for part in pair)) for pair in (shift, scale))
-        branch = Branch(value.to(dtype).to(kind), lone=row.to(dtype).to(kind))
-        return [*ops.add_and_modulate(x.to(kind), branch, *rows)]
+    def run(kind: torch.dtype, row: Tensor, limit: float = 1.5) -> list[Tensor]:
+        def cast(part: Tensor) -> Tensor:
+            return part.to(dtype).to(kind)
+
+        gated, *rows = (Row(*map(cast, pair)) for pair in (gate, shift, scale))
+        own = Lone(cast(row), Branch(cast(before), gated, limit), cast(seen))
+        return [*ops.add_and_modulate(cast(x), Branch(cast(value), lone=own), *rows)]
 
     exact = [result.to(dtype) for result in run(torch.float64, row)]
 
-    def check(row: Tensor) -> None:
+    def check(row: Tensor, limit: float = 1.5) -> None:
         with ops.force("triton"):
-            for expected, got in zip(exact, run(dtype, row), strict=True):
+            for expected, got in zip(exact, run(dtype, row, limit), strict=True):
                 assert_matches(expected, got, bound)
 
     check(row)
     assert_detects(check, row + 0.1)
+    assert_detects(lambda limit: check(row, limit), 0.2)

@@ -391,18 +391,19 @@ def _fused_norm(
 ) -> tuple[Tensor, Tensor]:
     """x with its branch, and its norm with shift and scale, of what is asked for."""
     value, gate, limit, lone = branch or (None, None, None, None)
+    if lone is not None:
+        _, gate, limit, _ = lone.before
     parts = ([*(gate or ())], [*shift], [*scale], NORM_EPS, limit or 0.0)
-    total: Tensor
-    normed: Tensor
     if lone is not None or allows("split_norm"):
-        from sana.kernels import split_norm
+        from sana.kernels import split_norm as split
 
-        total, normed = split_norm.split_norm(x, value, lone, *parts)
-        return total, normed
+        own = [] if lone is None else [lone.row, lone.before.value, lone.seen]
+        both: tuple[Tensor, Tensor] = split.split_norm(x, value, own, *parts)
+        return both
     from sana.kernels import norms
 
-    total, normed = norms.residual_norm(x, value, *parts)
-    return total, normed
+    both = norms.residual_norm(x, value, *parts)
+    return both
 
 
 def joins_lone(x: Tensor, lone: Tensor) -> bool:

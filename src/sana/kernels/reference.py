@@ -60,14 +60,26 @@ class Branch(NamedTuple):
     value: Tensor
     gate: Row | None = None
     limit: float | None = None
-    lone: Tensor | None = None
-    """(L, 1, C): what all tokens of the first L samples get; `value` is of the others then."""
+    lone: Lone | None = None
+    """Of the first samples, which have no `value` then."""
 
-    def whole(self) -> Tensor:
-        """The value of all samples, neither clipped nor gated."""
-        if self.lone is None:
-            return self.value
-        return torch.cat([self.lone.expand(-1, self.value.shape[1], -1), self.value])
+    def part(self, samples: slice) -> Branch:
+        """Some of the samples of one without `lone`."""
+        gate = self.gate
+        if gate is not None and len(gate.time) > 1:
+            gate = Row(gate.table, gate.time[samples])
+        return Branch(self.value[samples], gate, self.limit)
+
+
+class Lone(NamedTuple):
+    """What the first L of B samples, whose text is one token, get instead of a value."""
+
+    row: Tensor
+    """(L, 1, C), for all of their tokens."""
+    before: Branch
+    """Of all samples, to be added first; to the others it has been."""
+    seen: Tensor
+    """(B - L, N, C): these others, with it."""
 
 
 def thirds(qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +129,11 @@ def modulate(
 
 def add_branch(x: Tensor, branch: Branch) -> Tensor:
     """x + gate * clip(value)."""
-    value = branch.whole()
+    if branch.lone is not None:
+        row, before, seen = branch.lone
+        first = slice(len(row))
+        return torch.cat([add_branch(x[first], before.part(first)) + row, seen + branch.value])
+    value = branch.value
     if branch.limit is not None:
         value = value.clamp(-branch.limit, branch.limit)
     return x + (value if branch.gate is None else branch.gate.sum() * value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sana.config import DiTConfig
 from sana.kernels import laid, ops
 from sana.kernels.ops import linear_attention, packed_linear_attention
-from sana.kernels.reference import Branch, Rows
+from sana.kernels.reference import Rows
 from sana.models.rounding import Product
 
 SINUSOIDS = 256
@@ -177,16 +177,6 @@ class CrossAttention(nn.Module):
             attended: Tensor = self.output(self._mix(x, k, v, bias))
             return attended
         return self._beside(lone[0], self._mix(x[len(lone[0]) :], k, v, bias))
-
-    def branch(
-        self, x: Tensor | Rows, text: Tensor | tuple[Tensor, ...], bias: Tensor | None
-    ) -> Branch:
-        """The same for a norm that adds it; one that does may add a lone text's row itself."""
-        if isinstance(text, tuple) and len(text) == 3 and isinstance(x, Tensor):
-            k, v, lone = text
-            if type(self.output) is Product and ops.joins_lone(x, lone):
-                return Branch(self.output(self._mix(x[len(lone) :], k, v, bias)), lone=lone)
-        return Branch(self(x, text, bias))
 
     def _mix(self, x: Tensor | Rows, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q = split_heads(self.query_norm(self.query(x)), self.head_dim)
