@@ -136,10 +136,11 @@ def _network(
     prepared: dict[bool, Any] = {}
 
     def call() -> Tensor:
-        # Made once, outside of graphs.
-        if not prepared:
-            prepared[True] = network.prepare(text, mask)
-        result: Tensor = network.denoise(latent, moment, prepared[True], None)
+        # Made once for each of the ways to have a text, outside of graphs.
+        way = ops.allows("laid_text")
+        if way not in prepared:
+            prepared[way] = network.prepare(text, mask)
+        result: Tensor = network.denoise(latent, moment, prepared[way], None)
         return result
 
     with ops.force("reference"):

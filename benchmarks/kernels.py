@@ -66,6 +66,9 @@ STEP_WAYS: tuple[Way, ...] = (
     "tanh_silu",
     "cross_attention",
     "split_attention",
+    "laid_text",
+    "lone_rows",
+    "split_norm",
 )
 DECODE_WAYS: tuple[Way, ...] = ("doubling", "windows", "aggregate")
 TEXT_WAYS: tuple[Way, ...] = ("gemma_norm", "gemma_attention", "gemma_gate", "gemma_joined")

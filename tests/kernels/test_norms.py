@@ -10,7 +10,7 @@ from torch import Tensor
 
 from numerics import assert_detects, assert_matches
 from sana.kernels import ops, reference
-from sana.kernels.reference import Branch, Row
+from sana.kernels.reference import Branch, Lone, Row
 
 norms = pytest.importorskip("sana.kernels.norms", reason="triton is made for Linux only")
 
@@ -109,3 +109,58 @@ def test_a_compiled_caller_goes_through_the_kernels() -> None:
             call(case.x, case.branch), compiled(case.x, case.branch), strict=True
         ):
             assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 3), (2, 600), (3, 100), (1, 2240)])
+def test_a_norm_in_two_parts_equals_the_reference(
+    tokens: int, width: int, dtype: torch.dtype, bound: float
+) -> None:
+    """Of 512 and 88 columns, of 2048 and 192, and in one part."""
+    case = Case(tokens, width, dtype)
+
+    def run(kind: torch.dtype, gate: Callable[[Row], Row] = lambda row: row) -> list[Tensor]:
+        x, value = case.x.to(kind), case.branch.to(kind)
+        shift, scale, third, *_ = case.rows(kind)
+        gated = Branch(value, gate(third), 1.5)
+        total, normed = ops.add_and_modulate(x, gated, shift, scale)
+        return [total, normed, ops.add_branch(x, gated), ops.modulate(x, shift, scale)]
+
+    exact = [result.to(dtype) for result in run(torch.float64)]
+
+    def check(gate: Callable[[Row], Row]) -> None:
+        with ops.force("triton"), ops.trying("split_norm"):
+            for expected, got in zip(exact, run(dtype, gate), strict=True):
+                assert_matches(expected, got, bound)
+
+    check(lambda row: row)
+    assert_detects(check, lambda row: Row(row.table, row.time + 0.05))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("tokens", "width", "lone"), [(1, 3, 1), (4, 600, 1), (3, 64, 2)])
+def test_a_lone_texts_row_is_added_to_all_of_its_tokens(
+    tokens: int, width: int, lone: int, dtype: torch.dtype, bound: float
+) -> None:
+    shapes = [(3, tokens, width)] * 2 + [(3 - lone, tokens, width)] * 2 + [(lone, 1, width)]
+    x, before, seen, value, row = (draw(*shape, seed=i) for i, shape in enumerate(shapes))
+    gate, shift, scale = (Row(draw(width, seed=i), draw(3, width, seed=3 * i)) for i in (6, 7, 8))
+
+    def run(kind: torch.dtype, row: Tensor, limit: float = 1.5) -> list[Tensor]:
+        def cast(part: Tensor) -> Tensor:
+            return part.to(dtype).to(kind)
+
+        gated, *rows = (Row(*map(cast, pair)) for pair in (gate, shift, scale))
+        own = Lone(cast(row), Branch(cast(before), gated, limit), cast(seen))
+        return [*ops.add_and_modulate(cast(x), Branch(cast(value), lone=own), *rows)]
+
+    exact = [result.to(dtype) for result in run(torch.float64, row)]
+
+    def check(row: Tensor, limit: float = 1.5) -> None:
+        with ops.force("triton"):
+            for expected, got in zip(exact, run(dtype, row, limit), strict=True):
+                assert_matches(expected, got, bound)
+
+    check(row)
+    assert_detects(check, row + 0.1)
+    assert_detects(lambda limit: check(row, limit), 0.2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -118,10 +118,7 @@ def modulate(x: Tensor, shift: Row, scale: Row, dtype: torch.dtype | None = None
         return _trained_norm(x, None, (shift, scale))[1]
     if not _fuses(x, *shift, *scale):
         return reference.modulate(x, shift.sum(), scale.sum(), dtype=dtype)
-    from sana.kernels import norms
-
-    normed: Tensor = norms.residual_norm(x, None, [], [*shift], [*scale], NORM_EPS, 0.0)[1]
-    return normed
+    return _fused_norm(x, None, shift, scale)[1]
 
 
 def add_branch(x: Tensor, branch: Branch) -> Tensor:
@@ -131,11 +128,7 @@ def add_branch(x: Tensor, branch: Branch) -> Tensor:
         return _trained_norm(x, branch, None)[0]
     if not _fuses(x, branch.value, *gate):
         return reference.add_branch(x, branch)
-    from sana.kernels import norms
-
-    limit = branch.limit or 0.0
-    total: Tensor = norms.residual_norm(x, branch.value, [*gate], [], [], NORM_EPS, limit)[0]
-    return total
+    return _fused_norm(x, branch)[0]
 
 
 def add_and_modulate(
@@ -148,12 +141,7 @@ def add_and_modulate(
     if not _fuses(x, branch.value, *gate, *shift, *scale):
         total = reference.add_branch(x, branch)
         return total, reference.modulate(total, shift.sum(), scale.sum(), dtype=dtype)
-    from sana.kernels import norms
-
-    total, normed = norms.residual_norm(
-        x, branch.value, [*gate], [*shift], [*scale], NORM_EPS, branch.limit or 0.0
-    )
-    return total, normed
+    return _fused_norm(x, branch, shift, scale)
 
 
 def add_and_round(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
@@ -390,12 +378,37 @@ def _trained_norm(
 ) -> tuple[Tensor, Tensor]:
     from sana.kernels import norms_gradient
 
-    value, gate, limit = branch or (None, None, None)
+    value, gate, limit, _ = branch or (None, None, None, None)
     shift, scale = ([*row] for row in modulation or ((), ()))
     total, normed = norms_gradient.trained_norm(
         x, value, [*(gate or ())], shift, scale, NORM_EPS, limit or 0.0, rounds
     )
     return total, normed
+
+
+def _fused_norm(
+    x: Tensor, branch: Branch | None, shift: Iterable[Tensor] = (), scale: Iterable[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """x with its branch, and its norm with shift and scale, of what is asked for."""
+    value, gate, limit, lone = branch or (None, None, None, None)
+    if lone is not None:
+        _, gate, limit, _ = lone.before
+    parts = ([*(gate or ())], [*shift], [*scale], NORM_EPS, limit or 0.0)
+    if lone is not None or allows("split_norm"):
+        from sana.kernels import split_norm as split
+
+        own = [] if lone is None else [lone.row, lone.before.value, lone.seen]
+        both: tuple[Tensor, Tensor] = split.split_norm(x, value, own, *parts)
+        return both
+    from sana.kernels import norms
+
+    both = norms.residual_norm(x, value, *parts)
+    return both
+
+
+def joins_lone(x: Tensor, lone: Tensor) -> bool:
+    """Whether the norm behind a branch for x (B, N, C) takes a lone text's rows: `Branch.lone`."""
+    return allows("lone_rows") and _fuses(x, lone)
 
 
 def _fuses(x: Tensor, *others: Tensor) -> bool:

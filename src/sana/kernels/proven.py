@@ -35,6 +35,9 @@ Way: TypeAlias = Literal[
     "scaled_rows",
     "glu_gradient",
     "norm_gradient",
+    "laid_text",
+    "split_norm",
+    "lone_rows",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -81,6 +84,12 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "glu_gradient": TRAINING,
         # Training: residual, norm and modulation with their gradients by kernels.
         "norm_gradient": TRAINING,
+        # A text's keys and values in tiles with their mask, once, and attention that reads them.
+        "laid_text": None,
+        # Residual and norm: 2240 channels as 2048 and 192 instead of 4096, two rows a program.
+        "split_norm": None,
+        # The branch of a lone text is a row that the norm behind it adds, and is written nowhere.
+        "lone_rows": None,
     }
 )
 """Each way with the report that proves it, or None."""

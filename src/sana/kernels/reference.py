@@ -60,6 +60,26 @@ class Branch(NamedTuple):
     value: Tensor
     gate: Row | None = None
     limit: float | None = None
+    lone: Lone | None = None
+    """Of the first samples, which have no `value` then."""
+
+    def part(self, samples: slice) -> Branch:
+        """Some of the samples of one without `lone`."""
+        gate = self.gate
+        if gate is not None and len(gate.time) > 1:
+            gate = Row(gate.table, gate.time[samples])
+        return Branch(self.value[samples], gate, self.limit)
+
+
+class Lone(NamedTuple):
+    """What the first L of B samples, whose text is one token, get instead of a value."""
+
+    row: Tensor
+    """(L, 1, C), for all of their tokens."""
+    before: Branch
+    """Of all samples, to be added first; to the others it has been."""
+    seen: Tensor
+    """(B - L, N, C): these others, with it."""
 
 
 def thirds(qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +129,10 @@ def modulate(
 
 def add_branch(x: Tensor, branch: Branch) -> Tensor:
     """x + gate * clip(value)."""
+    if branch.lone is not None:
+        row, before, seen = branch.lone
+        first = slice(len(row))
+        return torch.cat([add_branch(x[first], before.part(first)) + row, seen + branch.value])
     value = branch.value
     if branch.limit is not None:
         value = value.clamp(-branch.limit, branch.limit)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import DiTConfig
-from sana.kernels import ops
-from sana.kernels.reference import FP8, Branch, Row, Rows
+from sana.kernels import laid, ops
+from sana.kernels.reference import FP8, Branch, Lone, Row, Rows
 from sana.models.layers import (
     CrossAttention,
     GLUMBConv,
@@ -33,7 +33,7 @@ from sana.models.layers import (
     position_table,
 )
 from sana.models.refiner import Refiner
-from sana.models.rounding import product_dtype
+from sana.models.rounding import Product, product_dtype
 from sana.models.sending import sent
 
 TIME_SCALE = 1000.0
@@ -57,9 +57,9 @@ class Prepared(NamedTuple):
     """All that the blocks make of a text, which no step changes; `prepare` makes it once."""
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
-    """For each block, keys and values (B, H, T, D / H)."""
+    """For each block, keys and values (B, H, T, D / H), or as `laid.lay` makes them."""
     bias: Tensor | None
-    """From `mask_bias`."""
+    """From `mask_bias`; with `laid.lay` how many tokens count (B,)."""
     lone: tuple[Tensor, ...] = ()
     """For each block what the first samples (L, 1, D) get, whose text is one token; then keys,
     values and bias are those of the others alone."""
@@ -117,11 +117,9 @@ class Stem(nn.Module):
             tokens = embedded[:count].take_along_dim(places, dim=1)
             alone = tuple(reader.prepare_lone(tokens) for reader in readers)
             embedded, mask = embedded[count:], mask[count:]
-        return Prepared(
-            keys_values=tuple(reader.prepare(embedded) for reader in readers),
-            bias=mask_bias(mask, embedded.dtype),
-            lone=alone,
-        )
+        pairs = tuple(reader.prepare(embedded) for reader in readers)
+        bias = mask_bias(mask, embedded.dtype)
+        return Prepared(*(laid.lay(pairs, bias, mask) or (pairs, bias)), alone)
 
     def block_texts(
         self, text: Tensor | Prepared, mask: Tensor | None
@@ -333,9 +331,12 @@ class Block(nn.Module):
         products = self.feed_forward.expand.weight.dtype
         x, mixed = normed(x, shift, scale, products)
         # Branches have no names here, so that none outlives its sum.
-        x, asking = summed(x, self._attend(mixed, gate, perturbed), products)
-        crossed = Open(x, Branch(self.cross_attention(asking, text, bias)))
-        del asking
+        if self._joins_lone(x, text):
+            crossed = self._beside(x, self._attend(mixed, gate, perturbed), text, bias)
+        else:
+            x, asking = summed(x, self._attend(mixed, gate, perturbed), products)
+            crossed = Open(x, Branch(self.cross_attention(asking, text, bias)))
+            del asking
         x, mixed = normed(crossed, shift_mlp, scale_mlp, products)
         del crossed
         branch: Tensor = self.feed_forward(mixed.unflatten(1, grid)).flatten(1, 2)
@@ -345,6 +346,23 @@ class Block(nn.Module):
     def _attend(self, mixed: Tensor | Rows, gate: Row, perturbed: int) -> Branch:
         attended = self.attention(mixed, perturbed, clips=False)
         return Branch(attended, gate, self.attention.limit(attended.dtype))
+
+    def _joins_lone(self, x: Tensor, text: Tensor | tuple[Tensor, ...]) -> bool:
+        """Whether the last norm reads a lone text's rows where they are; see `reference.Lone`."""
+        is_plain = type(self.cross_attention.output) is Product
+        return (
+            is_plain and len(text) == 3 and isinstance(text, tuple) and ops.joins_lone(x, text[2])
+        )
+
+    def _beside(
+        self, x: Tensor, attended: Branch, text: Tensor | tuple[Tensor, ...], bias: Tensor | None
+    ) -> Open:
+        """x with both attentions to be added; only the samples that read are summed before."""
+        keys, values, row = text
+        others = slice(len(row), None)
+        seen = ops.add_branch(x[others], attended.part(others))
+        value = self.cross_attention(seen, (keys, values), bias)
+        return Open(x, Branch(value, lone=Lone(row, attended, seen)))
 
 
 def lone_texts(embedded: Tensor, mask: Tensor | None) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import DiTConfig
-from sana.kernels import ops
+from sana.kernels import laid, ops
 from sana.kernels.ops import linear_attention, packed_linear_attention
 from sana.kernels.reference import Rows
 from sana.models.rounding import Product
@@ -180,6 +180,9 @@ class CrossAttention(nn.Module):
 
     def _mix(self, x: Tensor | Rows, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q = split_heads(self.query_norm(self.query(x)), self.head_dim)
+        if laid.is_laid(q, k):
+            assert bias is not None, "a laid text comes with its counts"
+            return laid.attend(q, k, v, bias).transpose(1, 2).flatten(2)
         bias = bias if bias is None else bias.to(q.dtype)
         return ops.cross_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
