@@ -67,7 +67,7 @@ def test_stages_are_what_takes_the_time() -> None:
     def check(stage: str, slow: str) -> None:
         timing = slowed(slow)
         assert getattr(timing, stage).median >= DELAY
-        assert timing.whole.median >= getattr(timing, stage).median
+        assert timing.whole.median >= DELAY
         others = {"text", "steps", "decode"} - {stage}
         assert all(getattr(timing, other).median < DELAY for other in others)
         assert timing.first > DELAY and timing.peak > 2**20

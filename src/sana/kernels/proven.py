@@ -44,6 +44,7 @@ H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
 H200 = "benchmarks/results/2026-11-27-kernels-nvidia-h200.md"
 LATER = "benchmarks/results/2026-11-28-kernels-nvidia-h100.md"
 TRAINING = "benchmarks/results/2026-11-28-training-nvidia-h200.md"
+STEPS = "benchmarks/results/2026-11-28-steps-nvidia-h100.md"
 
 REPORTS: Mapping[Way, str | None] = MappingProxyType(
     {
@@ -85,11 +86,11 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         # Training: residual, norm and modulation with their gradients by kernels.
         "norm_gradient": TRAINING,
         # A text's keys and values in tiles with their mask, once, and attention that reads them.
-        "laid_text": None,
-        # Residual and norm: 2240 channels as 2048 and 192 instead of 4096, two rows a program.
-        "split_norm": None,
+        "laid_text": STEPS,
+        # Residual and norm: 2240 channels as 2048 and 192 instead of 4096, a row a program.
+        "split_norm": STEPS,
         # The branch of a lone text is a row that the norm behind it adds, and is written nowhere.
-        "lone_rows": None,
+        "lone_rows": STEPS,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sana.pipelines.pipeline import Pipeline
     from sana.request import Request
+
+T = TypeVar("T")
 
 LEAST, MOST = 3, 50
 """How many times a thing is done at least, however long it takes, and at most."""
@@ -61,7 +63,10 @@ class Timing:
     first: float
     """Seconds of the first time in this process, with all that is done once."""
     whole: Spread
-    """From the prompt to the pictures in the host's memory."""
+    """From the prompt to the pictures in the host's memory, as `Pipeline.generate` gives them.
+
+    Stages are timed by draws of their own that wait between them, so that they take more together.
+    """
     text: Spread
     """Reading the prompt, and the empty one where there is guidance."""
     steps: Spread
@@ -84,7 +89,10 @@ class Timing:
 def time_request(
     pipeline: Pipeline, request: Request, *, seconds: float = 5.0, least: int = LEAST
 ) -> Timing:
-    """Draw `request` once, then `least` times and on for about `seconds`; pictures are dropped."""
+    """Draw `request` once, then `least` times and on for about `seconds`; pictures are dropped.
+
+    As many draws again, in half of the time where `least` allows it, are timed stage by stage.
+    """
     device = pipeline.device
     resolved: Any = pipeline.resolve(request)
     has_second = resolved.guidance != 1 and not pipeline.config.dit.guidance_embedding
@@ -95,7 +103,12 @@ def time_request(
         if has_second:
             pipeline.components.text.encode_negative([resolved.negative_prompt], **options)
 
-    def draw() -> tuple[float, float]:
+    def draw() -> float:
+        began = time.perf_counter()
+        pipeline.generate(request)
+        return time.perf_counter() - began
+
+    def draw_in_stages() -> tuple[float, float]:
         began = time.perf_counter()
         latent = last_latent(pipeline, request)
         synchronize(device)
@@ -104,19 +117,17 @@ def time_request(
         return drawn - began, time.perf_counter() - drawn
 
     forget_peak(device)
-    first = sum(draw())
-    deadline = time.perf_counter() + seconds
-    times = [draw()]
-    while len(times) < least or (time.perf_counter() < deadline and len(times) < MOST):
-        times.append(draw())
+    first = draw()
+    whole = _again(draw, seconds, least)
+    stages = _again(draw_in_stages, seconds / 2, least)
     peak = peak_bytes(device)
     # Where networks move, the text encoder is fetched first; that is not counted.
     pipeline._placing.enter("text")
     text = timed(read, device, seconds=seconds / 10, least=least)
-    loops, decodes = zip(*times, strict=True)
+    loops, decodes = zip(*stages, strict=True)
     return Timing(
         first=first,
-        whole=Spread(seconds=tuple(map(sum, times))),
+        whole=Spread(seconds=tuple(whole)),
         text=text,
         steps=Spread(seconds=tuple(max(0.0, loop - text.median) for loop in loops)),
         decode=Spread(seconds=decodes),
@@ -131,14 +142,23 @@ def timed(
     with torch.inference_mode():
         call()
         synchronize(device)
-        deadline = time.perf_counter() + seconds
-        times: list[float] = []
-        while len(times) < least or (time.perf_counter() < deadline and len(times) < MOST):
+
+        def once() -> float:
             began = time.perf_counter()
             call()
             synchronize(device)
-            times.append(time.perf_counter() - began)
-    return Spread(seconds=tuple(times))
+            return time.perf_counter() - began
+
+        return Spread(seconds=tuple(_again(once, seconds, least)))
+
+
+def _again(once: Callable[[], T], seconds: float, least: int) -> list[T]:
+    """What `once` gives `least` times, and on for about `seconds`, though never over `MOST`."""
+    deadline = time.perf_counter() + seconds
+    found: list[T] = []
+    while len(found) < least or (time.perf_counter() < deadline and len(found) < MOST):
+        found.append(once())
+    return found
 
 
 def last_latent(pipeline: Pipeline, request: Request) -> Tensor:
