@@ -101,6 +101,6 @@ def test_a_stream_shows_them_where_its_kinds_say_so() -> None:
     assert scenes[1] == draw_styled(COMPOSER, 7, seed=3)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("scene", 7), ("sticker", 4), ("styled", 3)])
+@pytest.mark.parametrize(("kind", "share"), [("scene", 7), ("sticker", 4), ("styled", 4)])
 def test_the_recipe_takes_them(kind: str, share: int) -> None:
     assert plan("sticker-512").data.cycle().count(kind) == share  # type: ignore[arg-type]

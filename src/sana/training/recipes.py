@@ -163,7 +163,7 @@ def sticker_512() -> TrainConfig:
             batch=256,
             reuse=24,
             ring=1 << 16,
-            kinds="scene sticker scene styled scene sticker scene avatar "
+            kinds="scene sticker scene styled scene sticker scene styled "
             "scene sticker scene styled scene sticker styled avatar",
         ),
         flow=FlowConfig(shift=2.5),
