@@ -349,10 +349,9 @@ class Block(nn.Module):
 
     def _joins_lone(self, x: Tensor, text: Tensor | tuple[Tensor, ...]) -> bool:
         """Whether the last norm reads a lone text's rows where they are; see `reference.Lone`."""
-        is_plain = type(self.cross_attention.output) is Product
-        return (
-            is_plain and len(text) == 3 and isinstance(text, tuple) and ops.joins_lone(x, text[2])
-        )
+        if type(self.cross_attention.output) is not Product or not isinstance(text, tuple):
+            return False
+        return len(text) == 3 and ops.joins_lone(x, text[2])
 
     def _beside(
         self, x: Tensor, attended: Branch, text: Tensor | tuple[Tensor, ...], bias: Tensor | None
