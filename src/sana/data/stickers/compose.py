@@ -63,8 +63,9 @@ _AVATAR_STRIDE = 20
 _TRIES = 200
 # Of every two objects, one is a thing that everybody knows.
 _KNOWN_SHARE = 0.5
-# How often training's stickers have the main style, which scenes show anyway, beside the others.
-_MAIN_SHARE = 0.3
+# How often training's stickers have a style beside the others: the main one, which scenes show
+# anyway, and two that no other is like and that are soon learnt.
+_STYLE_SHARES = {"3D": 0.3, "outlined": 0.5, "silhouette": 0.5}
 
 Choice = tuple[int, str | None]
 
@@ -126,7 +127,9 @@ class Composer:
             tuple(c for c in everything if style in self._styles["train"][c])
             for style in range(len(world.styles))
         )
-        self._style_bounds = _style_bounds([len(concepts) for concepts in self._in_style])
+        self._style_bounds = _style_bounds(
+            {style: len(c) for style, c in zip(self.styles, self._in_style, strict=True)}
+        )
         faces = range(len(world.avatars))
         kept = [a for a in faces if a % _AVATAR_STRIDE == _AVATAR_STRIDE - 1]
         self._faces: dict[Split, tuple[int, ...]] = {
@@ -184,8 +187,8 @@ class Composer:
         return self._colors[split][concept]
 
     def draw_style(self, dice: Dice) -> int:
-        """A style for training: between all styles alike and all pairs of it and a concept alike,
-        so that small styles are no easier to learn."""
+        """A style for training: between all styles alike and all pairs with a concept alike, so
+        that small styles are no easier to learn, and some of them less often."""
         return dice.weighted(range(len(self.styles)), self._style_bounds)
 
     def concepts_in(self, style: int) -> tuple[int, ...]:
@@ -373,10 +376,11 @@ class Composer:
         return self.portrait(dice, number, background, is_named=is_named)
 
 
-def _style_bounds(counts: Sequence[int]) -> tuple[float, ...]:
-    """Running weights of training's styles, by how many concepts each has; the main one first."""
-    weights = [count**0.5 for count in counts]
-    return tuple(accumulate([_MAIN_SHARE * weights[0], *weights[1:]]))
+def _style_bounds(counts: dict[str, int]) -> tuple[float, ...]:
+    """Running weights of training's styles, by how many concepts each has."""
+    return tuple(
+        accumulate(_STYLE_SHARES.get(style, 1.0) * count**0.5 for style, count in counts.items())
+    )
 
 
 def draw_scene(world: World, index: int, *, seed: int, split: Split = "train") -> Scene:
