@@ -44,6 +44,6 @@ else
 fi
 
 train "${FLOW_CARDS:-0,1}" flow sticker-512 seed=24 init="$model" flow.autoencoder="$work/model" \
-    time_limit="$flow" optimizer.decay=0.7 optimizer.warmup=50 optimizer.rate=1.4e-3
+    time_limit="$flow" optimizer.decay=0.7 optimizer.warmup=50 optimizer.rate=1.4e-3 graph=true
 cp "$work"/flow/model/transformer-* "$work/model/"
 date "+%T done"
