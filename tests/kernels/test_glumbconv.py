@@ -86,7 +86,7 @@ def test_walking_and_another_order_change_no_bit(
     monkeypatch.setattr(glumbconv, "ENOUGH", 0)
 
     def check(x: Tensor) -> None:
-        for segment, walk, is_last_first in ((2, 1, 0), (32, 1, 1), (32, 0, 1)):
+        for segment, walk, is_last_first in ((2, 1, 0), (32, 2, 1), (2, 2, 0), (32, 0, 1)):
             monkeypatch.setattr(glumbconv, "SEGMENT", segment)
             monkeypatch.setattr(glumbconv, "WALK", walk)
             monkeypatch.setattr(order, "LAST_FIRST", is_last_first)

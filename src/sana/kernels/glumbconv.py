@@ -31,7 +31,7 @@ ENOUGH = 1024
 AHEAD = True
 """Whether values of the next column are read while gates of one are computed."""
 WALK = 0
-"""Whether it is done by `_glu_walk`."""
+"""1 for `_glu_walk` in place of `_glu_depthwise`, 2 with gates read a column ahead too."""
 MOST_REGISTERS = 168
 """For AHEAD: with more, fewer programs would be there at a time."""
 
@@ -132,6 +132,14 @@ def _taps(weight_ptr, c, is_inside):
 
 
 @triton.jit
+def _own_strip(SEGMENTS, SEGMENT: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """First row, first column and sample of a program."""
+    strip = place(1, LAST_FIRST)
+    batch = place(2, LAST_FIRST).to(tl.int64)
+    return strip // SEGMENTS * 2, strip % SEGMENTS * SEGMENT, batch
+
+
+@triton.jit
 def _glu_depthwise(
     x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, F, SEGMENTS,
     SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
@@ -145,10 +153,7 @@ def _glu_depthwise(
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_inside = v < F
     g = v + F
-    strip = place(1, LAST_FIRST)
-    h = strip // SEGMENTS * 2
-    start = strip % SEGMENTS * SEGMENT
-    batch = place(2, LAST_FIRST).to(tl.int64)
+    h, start, batch = _own_strip(SEGMENTS, SEGMENT, LAST_FIRST)
     x_ptr += batch * H * W * 2 * F
     out_ptr += batch * H * W * F
     v0, v1, v2, v3, v4, v5, v6, v7, v8 = _taps(weight_ptr, v, is_inside)
@@ -197,19 +202,13 @@ def _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, PLACE: tl.constexpr):
 def _glu_walk(
     x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, SEGMENTS,
     F: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
+    LAST_FIRST: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """`_glu_depthwise` with AHEAD in fewer instructions; results are the same. FAST is 0 or 2.
-
-    Addresses move on by a column, and whether a row is of the map is asked once.
-    """
+    """`_glu_depthwise` with AHEAD, by addresses that move on; BOTH: gates too are read ahead."""
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_inside = v < F
     g = v + F
-    strip = place(1, LAST_FIRST)
-    h = strip // SEGMENTS * 2
-    start = strip % SEGMENTS * SEGMENT
-    batch = place(2, LAST_FIRST).to(tl.int64)
+    h, start, batch = _own_strip(SEGMENTS, SEGMENT, LAST_FIRST)
     m0, m1 = v < tl.where(h > 0, F, 0), is_inside
     m2, m3 = v < tl.where(h + 1 < H, F, 0), v < tl.where(h + 2 < H, F, 0)
     p0 = x_ptr + batch * H * W * 2 * F + ((h - 1) * W + start - 1) * 2 * F + v
@@ -224,11 +223,15 @@ def _glu_walk(
     bg = tl.load(bias_ptr + g, mask=is_inside, other=0.0).to(tl.float32)
     lv0, lv1, rv0, rv1 = bv, bv, bv, bv
     lg0, lg1, rg0, rg1 = bg, bg, bg, bg
-    va, vb, vd, ve = _rows(p0, p1, p2, p3, m0, m1, m2, m3, v < tl.where(start > 0, F, 0), 0)
+    is_map = v < tl.where(start > 0, F, 0)
+    va, vb, vd, ve = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, 0)
+    if BOTH:
+        ga, gb, gd, ge = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, F)
     for step in range(SEGMENT + 2):
         w = start + step - 1
-        is_map = v < tl.where((w >= 0) & (w < W), F, 0)
-        ga, gb, gd, ge = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, F)
+        if not BOTH:
+            is_map = v < tl.where((w >= 0) & (w < W), F, 0)
+            ga, gb, gd, ge = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, F)
         value_0, value_1, lv0, lv1, rv0, rv1 = _step(
             va, vb, vd, ve, bv, v0, v1, v2, v3, v4, v5, v6, v7, v8, lv0, lv1, rv0, rv1, FAST
         )
@@ -237,6 +240,8 @@ def _glu_walk(
         gate_0, gate_1, lg0, lg1, rg0, rg1 = _step(
             ga, gb, gd, ge, bg, g0, g1, g2, g3, g4, g5, g6, g7, g8, lg0, lg1, rg0, rg1, FAST
         )
+        if BOTH:
+            ga, gb, gd, ge = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, 3 * F)
         is_done = v < tl.where((w > start) & (w <= W), F, 0)
         out = value_0 * _silu(gate_0, FAST)
         tl.store(o0, out.to(out_ptr.dtype.element_ty), mask=is_done)
@@ -275,7 +280,7 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
         _glu_walk[grid](
             x, weight.contiguous(), bias, out, H, W, segments,
             F=F, SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-            FAST=2 if fast and is_nvidia else 0, LAST_FIRST=order.LAST_FIRST,
+            FAST=2 if fast and is_nvidia else 0, LAST_FIRST=order.LAST_FIRST, BOTH=WALK == 2,
             **({"maxnreg": MOST_REGISTERS} if is_nvidia else {}),
         )  # fmt: skip
         return out
