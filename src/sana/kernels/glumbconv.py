@@ -277,10 +277,13 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
     is_nvidia = x.is_cuda and torch.version.hip is None
     grid = (triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)
     if WALK:
+        # Triton's own SiLU takes more registers: some values would go to memory.
+        is_both = WALK == 2 and (fast or not is_nvidia)
         _glu_walk[grid](
             x, weight.contiguous(), bias, out, H, W, segments,
             F=F, SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-            FAST=2 if fast and is_nvidia else 0, LAST_FIRST=order.LAST_FIRST, BOTH=WALK == 2,
+            FAST=2 if fast and is_nvidia else 0, LAST_FIRST=order.LAST_FIRST,
+            BOTH=is_both,
             **({"maxnreg": MOST_REGISTERS} if is_nvidia else {}),
         )  # fmt: skip
         return out
