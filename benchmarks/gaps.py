@@ -48,8 +48,6 @@ from sana.models.dit import LinearDiT  # noqa: E402
 from sana.pipelines.graphs import cuda_capture  # noqa: E402
 from sana.presets import preset  # noqa: E402
 
-IN_A_ROW = 10
-
 
 @dataclass(kw_only=True)
 class Variant:
@@ -84,13 +82,13 @@ def measure(name: str, options: argparse.Namespace) -> bool:
             print(f"{words}: no time left", flush=True)
             continue
         try:
-            variants.append(_captured(" ".join(words.split()), call, is_tiny=options.tiny))
+            variants.append(_captured(" ".join(words.split()), call, options))
         except Exception as error:  # what no card has run may fail there
             failed = True
             print(f"{words}: {type(error).__name__}: {error}"[:300], flush=True)
     for _ in range(options.rounds):
         for variant in variants:
-            _time(variant, is_tiny=options.tiny)
+            _time(variant, options)
     rows = [(name, "in a row", "alone", "error", "")]
     for variant in variants:
         error = rel_rms(exact, variant.result)
@@ -150,11 +148,11 @@ def _network(
     return call, exact
 
 
-def _captured(words: str, call: Callable[[], Tensor], *, is_tiny: bool) -> Variant:
+def _captured(words: str, call: Callable[[], Tensor], options: argparse.Namespace) -> Variant:
     """The variant after one call without a graph and its capture."""
     with _chosen(words):
         result = call()
-        if is_tiny:
+        if options.tiny:
             return Variant(words=words, replay=lambda: None, result=result)
         torch.cuda.synchronize()
         replay, output = cuda_capture()(call)
@@ -162,7 +160,7 @@ def _captured(words: str, call: Callable[[], Tensor], *, is_tiny: bool) -> Varia
     replay()
     torch.cuda.synchronize()
     result = output.clone()
-    for _ in range(20):
+    for _ in range(2 * options.row):
         replay()
     torch.cuda.synchronize()
     if not torch.equal(output, result):
@@ -186,13 +184,13 @@ def _chosen(words: str) -> Iterator[None]:
         yield
 
 
-def _time(variant: Variant, *, is_tiny: bool) -> None:
+def _time(variant: Variant, options: argparse.Namespace) -> None:
     """One round: some replays one behind the other, and two that are waited for."""
-    for times, count in ((variant.rows, IN_A_ROW), (variant.alone, 1), (variant.alone, 1)):
+    for times, count in ((variant.rows, options.row), (variant.alone, 1), (variant.alone, 1)):
         began = time.perf_counter()
         for _ in range(count):
             variant.replay()
-        if not is_tiny:
+        if not options.tiny:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - began) * 1000 / count)
 
@@ -234,6 +232,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--variants", default="", help="separated by ;")
     parser.add_argument("--tokens", type=int, default=TEXT, help="of the text")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--row", type=int, default=10, help="replays one behind the other")
     parser.add_argument("--seconds", type=float, default=60, help="later no variant is begun")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tiny", action="store_true")

@@ -69,6 +69,7 @@ STEP_WAYS: tuple[Way, ...] = (
     "laid_text",
     "lone_rows",
     "split_norm",
+    "whole_heads",
 )
 DECODE_WAYS: tuple[Way, ...] = ("doubling", "windows", "aggregate")
 TEXT_WAYS: tuple[Way, ...] = ("gemma_norm", "gemma_attention", "gemma_gate", "gemma_joined")

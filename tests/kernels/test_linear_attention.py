@@ -155,6 +155,49 @@ def test_narrow_products_give_the_same_result(tokens: int, dim: int) -> None:
     assert_detects(check, k.roll(1, dims=-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 32), (64, 32), (150, 16)])
+def test_whole_heads_give_the_same_result(
+    tokens: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sana.kernels import order, whole_heads
+
+    q, k, v, _ = draw(tokens, dim, dtype)
+    exact = reference.linear_attention(q.double(), k.double(), v.double(), eps=EPS).to(dtype)
+
+    def check(k: Tensor) -> None:
+        with torch.no_grad(), ops.force("triton"), ops.trying("whole_heads"):
+            got = ops.linear_attention(q, k, v, eps=EPS)
+            assert got.transpose(1, 2).is_contiguous()
+            # Floors 3e-7 and 3e-4.
+            assert_matches(exact, got, 1e-6 if dtype == torch.float32 else 1e-3)
+            narrow = whole_heads.whole_heads(q, k, v, EPS, True)
+            assert_matches(exact, narrow, 1e-6 if dtype == torch.float32 else 1e-3)
+
+    check(k)  # with too few heads for it
+    monkeypatch.setattr(whole_heads, "FEWEST", 6)
+    for is_last_first in (0, 1):
+        monkeypatch.setattr(order, "LAST_FIRST", is_last_first)
+        check(k)
+        assert_detects(check, k.roll(1, dims=-1))
+
+
+def test_whole_heads_are_for_many_heads_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sana.kernels import whole_heads
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    q, k, v, _ = draw(3, 32, torch.float32)
+    monkeypatch.setattr(whole_heads, "whole_heads", refuse)
+    with ops.trying("whole_heads"):
+        triton(q, k, v)
+        monkeypatch.setattr(whole_heads, "FEWEST", 6)
+        triton(q.clone().requires_grad_(), k, v)
+        with pytest.raises(AssertionError):
+            triton(q, k, v)
+
+
 def test_a_compiler_can_trace_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled training traces the backward with tensors that hold nothing."""
     from sana.kernels import linear_attention as fast

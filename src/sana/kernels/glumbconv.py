@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels import order
 from sana.kernels.cells import raw_column
 from sana.kernels.launching import op
+from sana.kernels.order import place
 
 BLOCK_F = 128
 NUM_WARPS = 1
@@ -28,6 +30,8 @@ SHORTER = 16
 ENOUGH = 1024
 AHEAD = True
 """Whether values of the next column are read while gates of one are computed."""
+WALK = 0
+"""1 for `_glu_walk` in place of `_glu_depthwise`, 2 with gates read a column ahead too."""
 MOST_REGISTERS = 168
 """For AHEAD: with more, fewer programs would be there at a time."""
 
@@ -53,6 +57,31 @@ def _silu(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _silu_of_pairs(x):
+    """As FAST, of bf16 in fp32: halves of bf16 are exact in bf16, and are taken two at a time."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 h, m, z;
+        .reg .f32 a, b, t, u;
+        mov.b32 m, 0x3F003F00;
+        mov.b32 z, 0x80008000;
+        fma.rn.bf16x2 h, $2, m, z;
+        shl.b32 a, h, 16;
+        and.b32 b, h, 0xFFFF0000U;
+        tanh.approx.f32 t, a;
+        tanh.approx.f32 u, b;
+        fma.rn.f32 $0, a, t, a;
+        fma.rn.f32 $1, b, u, b;
+        }""",
+        "=f,=f,r",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def _tap(weight_ptr, c, is_inside, PLACE: tl.constexpr):
     return tl.load(weight_ptr + c * 9 + PLACE, mask=is_inside, other=0.0).to(tl.float32)
 
@@ -60,6 +89,8 @@ def _tap(weight_ptr, c, is_inside, PLACE: tl.constexpr):
 @triton.jit
 def _activated(a, b, c, d, FAST: tl.constexpr):
     """silu of the four cells of a column, in fp32; 0 stays 0, as the convolution's border."""
+    if FAST == 2:
+        return _silu_of_pairs(a), _silu_of_pairs(b), _silu_of_pairs(c), _silu_of_pairs(d)
     return (
         _silu(a.to(tl.float32), FAST),
         _silu(b.to(tl.float32), FAST),
@@ -101,9 +132,18 @@ def _taps(weight_ptr, c, is_inside):
 
 
 @triton.jit
+def _own_strip(SEGMENTS, SEGMENT: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """First row, first column and sample of a program."""
+    strip = place(1, LAST_FIRST)
+    batch = place(2, LAST_FIRST).to(tl.int64)
+    return strip // SEGMENTS * 2, strip % SEGMENTS * SEGMENT, batch
+
+
+@triton.jit
 def _glu_depthwise(
     x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, F, SEGMENTS,
     SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Two rows of SEGMENT columns of BLOCK_F channels.
 
@@ -113,9 +153,7 @@ def _glu_depthwise(
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_inside = v < F
     g = v + F
-    h = tl.program_id(1) // SEGMENTS * 2
-    start = tl.program_id(1) % SEGMENTS * SEGMENT
-    batch = tl.program_id(2).to(tl.int64)
+    h, start, batch = _own_strip(SEGMENTS, SEGMENT, LAST_FIRST)
     x_ptr += batch * H * W * 2 * F
     out_ptr += batch * H * W * F
     v0, v1, v2, v3, v4, v5, v6, v7, v8 = _taps(weight_ptr, v, is_inside)
@@ -149,6 +187,70 @@ def _glu_depthwise(
         tl.store(at, out.to(out_ptr.dtype.element_ty), mask=v < last)
 
 
+@triton.jit
+def _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, PLACE: tl.constexpr):
+    """Cells of four rows, PLACE behind their addresses; 0 where the column is not of the map."""
+    return (
+        tl.load(p0 + PLACE, mask=m0 & is_map, other=0.0),
+        tl.load(p1 + PLACE, mask=m1 & is_map, other=0.0),
+        tl.load(p2 + PLACE, mask=m2 & is_map, other=0.0),
+        tl.load(p3 + PLACE, mask=m3 & is_map, other=0.0),
+    )
+
+
+@triton.jit
+def _glu_walk(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, SEGMENTS,
+    F: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr,
+    LAST_FIRST: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """`_glu_depthwise` with AHEAD, by addresses that move on; BOTH: gates too are read ahead."""
+    v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    is_inside = v < F
+    g = v + F
+    h, start, batch = _own_strip(SEGMENTS, SEGMENT, LAST_FIRST)
+    m0, m1 = v < tl.where(h > 0, F, 0), is_inside
+    m2, m3 = v < tl.where(h + 1 < H, F, 0), v < tl.where(h + 2 < H, F, 0)
+    p0 = x_ptr + batch * H * W * 2 * F + ((h - 1) * W + start - 1) * 2 * F + v
+    p1 = p0 + W * 2 * F
+    p2 = p1 + W * 2 * F
+    p3 = p2 + W * 2 * F
+    o0 = out_ptr + batch * H * W * F + (h * W + start - 2) * F + v
+    o1 = o0 + W * F
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _taps(weight_ptr, v, is_inside)
+    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _taps(weight_ptr, g, is_inside)
+    bv = tl.load(bias_ptr + v, mask=is_inside, other=0.0).to(tl.float32)
+    bg = tl.load(bias_ptr + g, mask=is_inside, other=0.0).to(tl.float32)
+    lv0, lv1, rv0, rv1 = bv, bv, bv, bv
+    lg0, lg1, rg0, rg1 = bg, bg, bg, bg
+    is_map = v < tl.where(start > 0, F, 0)
+    va, vb, vd, ve = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, 0)
+    if BOTH:
+        ga, gb, gd, ge = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, F)
+    for step in range(SEGMENT + 2):
+        w = start + step - 1
+        if not BOTH:
+            is_map = v < tl.where((w >= 0) & (w < W), F, 0)
+            ga, gb, gd, ge = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, F)
+        value_0, value_1, lv0, lv1, rv0, rv1 = _step(
+            va, vb, vd, ve, bv, v0, v1, v2, v3, v4, v5, v6, v7, v8, lv0, lv1, rv0, rv1, FAST
+        )
+        is_map = v < tl.where(w + 1 < W, F, 0)
+        va, vb, vd, ve = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, 2 * F)
+        gate_0, gate_1, lg0, lg1, rg0, rg1 = _step(
+            ga, gb, gd, ge, bg, g0, g1, g2, g3, g4, g5, g6, g7, g8, lg0, lg1, rg0, rg1, FAST
+        )
+        if BOTH:
+            ga, gb, gd, ge = _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, 3 * F)
+        is_done = v < tl.where((w > start) & (w <= W), F, 0)
+        out = value_0 * _silu(gate_0, FAST)
+        tl.store(o0, out.to(out_ptr.dtype.element_ty), mask=is_done)
+        out = value_1 * _silu(gate_1, FAST)
+        tl.store(o1, out.to(out_ptr.dtype.element_ty), mask=m2 & is_done)
+        p0, p1, p2, p3 = p0 + 2 * F, p1 + 2 * F, p2 + 2 * F, p3 + 2 * F
+        o0, o1 = o0 + F, o1 + F
+
+
 def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether the kernels take these, this one and those of the gradients.
 
@@ -173,10 +275,22 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
     segment = min(SEGMENT if is_long else SHORTER, triton.next_power_of_2(W))
     segments = triton.cdiv(W, segment)
     is_nvidia = x.is_cuda and torch.version.hip is None
-    _glu_depthwise[(triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)](
+    grid = (triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)
+    if WALK:
+        # Triton's own SiLU takes more registers: some values would go to memory.
+        is_both = WALK == 2 and (fast or not is_nvidia)
+        _glu_walk[grid](
+            x, weight.contiguous(), bias, out, H, W, segments,
+            F=F, SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
+            FAST=2 if fast and is_nvidia else 0, LAST_FIRST=order.LAST_FIRST,
+            BOTH=is_both,
+            **({"maxnreg": MOST_REGISTERS} if is_nvidia else {}),
+        )  # fmt: skip
+        return out
+    _glu_depthwise[grid](
         x, weight.contiguous(), bias, out, H, W, F, segments,
         SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-        FAST=fast and is_nvidia, AHEAD=AHEAD,
+        FAST=fast and is_nvidia, AHEAD=AHEAD, LAST_FIRST=order.LAST_FIRST,
         **({"maxnreg": MOST_REGISTERS} if AHEAD and is_nvidia else {}),
     )  # fmt: skip
     return out

@@ -3,7 +3,8 @@
 Forward: S = relu(k)^T v and z = sum relu(k) in fp32, one pass over the tokens in P parts; then
 out = relu(q) S / (relu(q) z + eps), a second pass. Backward is two passes of the same shape.
 Nothing of size N is kept but the inputs. Sums are fp32, and in the forward pass so are products
-(see `_exact` and `_wide`), so its result is the reference's up to the order of summation.
+(see `exact_products`, `wide_products`), so its result is the reference's up to the order of
+summation.
 
 Shape letters, as suffixes: B batch, H heads, N tokens, D head width, G = B x H, P parts.
 """
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels.launching import op
+from sana.kernels.launching import asks_gradient, op
 from sana.kernels.reference import thirds
 
 BLOCK_N = 64
@@ -177,6 +178,16 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return alike and q.dtype.itemsize <= 4 and q.is_floating_point() and q.shape[-1] in WIDTHS
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, eps: float, narrow: bool, *, whole: bool) -> Tensor:
+    """`linear_attention`'s out; `whole`: by `whole_heads` where that may be faster."""
+    if whole and not asks_gradient((q, k, v)):
+        from sana.kernels import whole_heads
+
+        if whole_heads.fills(q):
+            return whole_heads.whole_heads(q, k, v, eps, narrow)  # type: ignore[no-any-return]
+    return linear_attention(q, k, v, eps, narrow)[0]  # type: ignore[no-any-return]
+
+
 @op("linear_attention")
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, eps: float, narrow: bool = False
@@ -188,19 +199,20 @@ def linear_attention(
     range is fp16's too.
     """
     narrow = narrow and q.dtype.itemsize == 2
-    q, k, v = (_last_is_dense(x) for x in (q, k, v))
+    q, k, v = (last_is_dense(x) for x in (q, k, v))
     B, H, N, D = q.shape
     parts, part = _parts(N)
     state = q.new_empty((B * H, parts, D, D), dtype=torch.float32)
     norm = q.new_empty((B * H, parts, D), dtype=torch.float32)
     _sum_keys[(B * H, parts)](
         k, v, state, norm, H, N, parts, *k.stride()[:3], *v.stride()[:3],
-        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=_exact(q), NARROW=narrow, num_warps=NUM_WARPS,
+        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=exact_products(q), NARROW=narrow,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
-    out = _token_major(v)
+    out = token_major(v)
     _apply_queries[(B * H, triton.cdiv(N, APPLY_BLOCK))](
         q, state, norm, out, H, N, parts, eps, *q.stride()[:3], *out.stride()[:3],
-        D=D, BLOCK_N=APPLY_BLOCK, WIDE=_wide(q), NARROW=narrow, num_warps=APPLY_WARPS,
+        D=D, BLOCK_N=APPLY_BLOCK, WIDE=wide_products(q), NARROW=narrow, num_warps=APPLY_WARPS,
     )  # fmt: skip
     return out, state, norm
 
@@ -212,7 +224,7 @@ def _(
     B, H, N, D = q.shape
     parts, _ = _parts(N)
     state = q.new_empty((B * H, parts, D, D), dtype=torch.float32)
-    return _token_major(v), state, q.new_empty((B * H, parts, D), dtype=torch.float32)
+    return token_major(v), state, q.new_empty((B * H, parts, D), dtype=torch.float32)
 
 
 @op("linear_attention_backward")
@@ -220,7 +232,7 @@ def linear_attention_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each a view of (B, N, H, D) memory."""
-    results = _token_major(q), _token_major(k), _token_major(v)
+    results = token_major(q), token_major(k), token_major(v)
     _launch_backward(g, (q, k, v), state, norm, eps, results)
     return results
 
@@ -233,7 +245,7 @@ def _launch_backward(
     eps: float,
     results: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    g, q, k, v = (_last_is_dense(x) for x in (g, *inputs))
+    g, q, k, v = (last_is_dense(x) for x in (g, *inputs))
     dq, dk, dv = results
     B, H, N, D = q.shape
     parts, part = _parts(N)
@@ -241,12 +253,12 @@ def _launch_backward(
     _query_gradients[(B * H, parts)](
         q, g, state, norm, dq, dstate, dnorm, H, N, parts, eps,
         *q.stride()[:3], *g.stride()[:3], *dq.stride()[:3],
-        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=_exact(q), num_warps=4,
+        D=D, BLOCK_N=BLOCK_N, PART=part, EXACT=exact_products(q), num_warps=4,
     )  # fmt: skip
     _key_gradients[(B * H, triton.cdiv(N, BLOCK_N))](
         k, v, dstate, dnorm, dk, dv, H, N, parts,
         *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
-        D=D, BLOCK_N=BLOCK_N, EXACT=_exact(q), num_warps=2,
+        D=D, BLOCK_N=BLOCK_N, EXACT=exact_products(q), num_warps=2,
     )  # fmt: skip
 
 
@@ -254,7 +266,7 @@ def _launch_backward(
 def _(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _token_major(q), _token_major(k), _token_major(v)
+    return token_major(q), token_major(k), token_major(v)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -329,21 +341,21 @@ def _parts(N: int) -> tuple[int, int]:
     return triton.cdiv(N, part), part
 
 
-def _exact(x: Tensor) -> str:
+def exact_products(x: Tensor) -> str:
     """How products are taken: tf32's ten bits hold a 16-bit float's mantissa without loss."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def _wide(x: Tensor) -> str:
+def wide_products(x: Tensor) -> str:
     """The same where one factor is an fp32 sum."""
     return "ieee" if x.dtype == torch.float32 else "tf32x3"
 
 
-def _token_major(x: Tensor) -> Tensor:
+def token_major(x: Tensor) -> Tensor:
     """An empty (B, H, N, D) over (B, N, H, D) memory."""
     B, H, N, D = x.shape
     return x.new_empty((B, N, H, D)).transpose(1, 2)
 
 
-def _last_is_dense(x: Tensor) -> Tensor:
+def last_is_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -84,7 +84,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float) -> Tensor:
             # training has not been tried with it.
             is_narrow = q.dtype == torch.bfloat16 and q.is_cuda and is_inference(q, k, v)
             narrow = allows("split_attention") and is_narrow
-            out: Tensor = fast.linear_attention(q, k, v, eps, narrow)[0]
+            out: Tensor = fast.attend(q, k, v, eps, narrow, whole=allows("whole_heads"))
             return out
     return reference.linear_attention(q, k, v, eps=eps)
 

@@ -38,6 +38,7 @@ Way: TypeAlias = Literal[
     "laid_text",
     "split_norm",
     "lone_rows",
+    "whole_heads",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -91,6 +92,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "split_norm": STEPS,
         # The branch of a lone text is a row that the norm behind it adds, and is written nowhere.
         "lone_rows": STEPS,
+        # Linear attention with all tokens of a head in one program, where there are heads enough.
+        "whole_heads": None,
     }
 )
 """Each way with the report that proves it, or None."""

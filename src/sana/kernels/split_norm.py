@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana.kernels import order
 from sana.kernels.launching import op
 from sana.kernels.norms import load_row, row_of, time_stride
+from sana.kernels.order import place
 
 WARPS = 2
 """Of a program. One needs no barrier for its sums, and was no faster on an H100."""
@@ -76,9 +78,10 @@ def _split_norm(
     N, C, L, eps, limit, gB, sB, cB,
     HAS_BRANCH: tl.constexpr, HAS_LONE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_LIMIT: tl.constexpr, HAS_NORM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One row in FIRST and SECOND columns; SECOND may be 0."""
-    at = tl.program_id(0).to(tl.int64)
+    at = place(0, LAST_FIRST).to(tl.int64)
     batch = at // N
     is_lone = batch < L
     at *= C
@@ -145,7 +148,8 @@ def split_norm(
         total, normed, *(part for row in parts for part in row),
         N, C, len(own[0]) if lone else 0, eps, limit, *(time_stride(row) for row in parts),
         HAS_BRANCH=branch is not None, HAS_LONE=bool(lone), HAS_GATE=bool(gate),
-        HAS_LIMIT=limit > 0, HAS_NORM=bool(scale), FIRST=first, SECOND=second, num_warps=WARPS,
+        HAS_LIMIT=limit > 0, HAS_NORM=bool(scale), FIRST=first, SECOND=second,
+        LAST_FIRST=order.LAST_FIRST, num_warps=WARPS,
     )  # fmt: skip
     return total, normed
 
