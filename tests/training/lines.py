@@ -108,9 +108,15 @@ def make_config(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def fit(folder: Path, place: Place = CPU, **changes: Any) -> dict[str, Tensor]:
-    """Train and return the final weights and averages; with graph=True, `again` is the graph."""
+    """Train and return the final weights and averages; with graph=True, `again` is the graph.
+
+    Processes begin with other weights each, so that those of the first must reach the others.
+    """
     config = make_config(folder, **changes)
     task = LineTask(config, place)
+    with torch.no_grad():
+        for parameter in task.phase.module.parameters():
+            parameter.add_(place.rank)
     train(config, task, place, again if config.graph else cuda_capture)
     module = distributed.unwrap(task.phase.module)
     return dict(module.state_dict()) | {
@@ -121,9 +127,9 @@ def fit(folder: Path, place: Place = CPU, **changes: Any) -> dict[str, Tensor]:
 def fit_in_process(
     rank: int, world: int, folder: str, port: int, graph: bool = False, averages: bool = True
 ) -> None:
-    """One of several gloo processes; the main one leaves its weights in the folder.
+    """One of several gloo processes; each leaves its weights in the folder.
 
-    With a graph, processes start from other weights, and need not average their gradients.
+    Without `averages` a graph's gradients stay those of its own process: a planted fault.
     """
     torch.set_num_threads(1)
     os.environ.update(
