@@ -20,6 +20,7 @@ from sana.data.stickers.render import Renderer, SceneTensors, render, to_tensors
 from sana.data.stickers.scene import (
     COLORS,
     KINDS,
+    RELATIONS,
     Background,
     Dice,
     Kind,
@@ -56,7 +57,6 @@ _TRAIN_TASKS: tuple[Task, ...] = (
 )
 _TRAIN_BOUNDS = tuple(accumulate((0.15, 0.2, 0.15, 0.12, 0.18, 0.2)))
 _NEW_TASKS: tuple[Task, ...] = ("colors", "counting", "two", "position", "color_attribution")
-_RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 _STREAMS: dict[Split, int] = {"train": 1, "held_out": 2}
 # Every twentieth portrait is kept from training.
 _AVATAR_STRIDE = 20
@@ -195,10 +195,6 @@ class Composer:
         """The concepts that training may show in a style."""
         return self._in_style[style]
 
-    def extent_of(self, concept: int, style: int) -> tuple[float, float]:
-        """Opaque (width, height) of a concept's sprite as fractions of its square."""
-        return self._extents[self.sprite_of[concept][style]]
-
     def faces_like(self, number: int) -> tuple[int, ...]:
         """The portraits of the split that avatar `number` belongs to."""
         is_kept = number in self._faces["held_out"]
@@ -219,23 +215,8 @@ class Composer:
         task: Task | None = None,
     ) -> Scene:
         """Up to four objects of one or two kinds, arranged and described as the dice fall."""
-        group = [thing for thing in things for _ in range(thing.count)]
-        extents = [self.extent_of(thing.concept, 0) for thing in group]
         has_ground = background.kind in backgrounds.GROUNDED
-        squares = layout.arrange(dice, extents, relation, has_ground=has_ground)
-        objects = tuple(
-            self.place(thing.concept, 0, thing.color, square, is_recolored=thing.is_recolored)
-            for thing, square in zip(group, squares, strict=True)
-        )
-        ends = list(accumulate(thing.count for thing in things))
-        named = [
-            Named(
-                concept=self.concepts[thing.concept],
-                color=thing.color,
-                objects=tuple(range(end - thing.count, end)),
-            )
-            for thing, end in zip(things, ends, strict=True)
-        ]
+        objects, named = self.arranged(dice, things, relation, 0, has_ground=has_ground)
         shown = background if is_named else None
         caption, spans = scene_caption(dice, named, relation, shown)
         return Scene(
@@ -248,6 +229,39 @@ class Composer:
             spans=spans,
             task=task,
         )
+
+    def arranged(
+        self,
+        dice: Dice,
+        things: Sequence[Thing],
+        relation: Relation | None,
+        style: int,
+        *,
+        has_ground: bool,
+    ) -> tuple[tuple[Placed, ...], list[Named]]:
+        """Things of one style where they stand, and as a caption may speak of them."""
+        group = [thing for thing in things for _ in range(thing.count)]
+        extents = [self._extents[self.sprite_of[thing.concept][style]] for thing in group]
+        squares = layout.arrange(dice, extents, relation, has_ground=has_ground)
+        objects = tuple(
+            self.place(thing.concept, style, thing.color, square, is_recolored=thing.is_recolored)
+            for thing, square in zip(group, squares, strict=True)
+        )
+        ends = list(accumulate(thing.count for thing in things))
+        named = [
+            Named(
+                concept=self.concepts[thing.concept],
+                color=thing.color,
+                objects=tuple(range(end - thing.count, end)),
+            )
+            for thing, end in zip(things, ends, strict=True)
+        ]
+        return objects, named
+
+    def hues_in(self, concepts: Sequence[int], style: int) -> list[str]:
+        """The main colours that concepts have in a style, where they are known."""
+        is_black = self.styles[style] == "silhouette"
+        return self._hues([(concept, "black" if is_black else None) for concept in concepts])
 
     def sticker(
         self, dice: Dice, concept: int, style: int, background: Background, *, is_named: bool
@@ -307,7 +321,7 @@ class Composer:
 
     def _relation(self, dice: Dice, task: Task) -> Relation | None:
         if task == "position" or (task == "color_attribution" and dice.chance(0.35)):
-            return dice.pick(_RELATIONS)
+            return dice.pick(RELATIONS)
         return None
 
     def _choose(self, dice: Dice, task: Task, split: Split) -> list[Choice]:
@@ -362,8 +376,7 @@ class Composer:
             concept = dice.pick(self._styled[split])
             style = dice.pick(self._styles[split][concept])
         is_named = dice.chance(0.5)
-        is_black = self.styles[style] == "silhouette"
-        hues = self._hues([(concept, "black" if is_black else None)])
+        hues = self.hues_in([concept], style)
         background = backgrounds.choose(dice, hues, is_named=is_named, has_landscapes=False)
         return self.sticker(dice, concept, style, background, is_named=is_named)
 

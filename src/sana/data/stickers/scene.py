@@ -48,6 +48,7 @@ TASKS: tuple[Task, ...] = (
     "position",
     "color_attribution",
 )
+RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 INVERSE: dict[Relation, Relation] = {
     "left": "right",
     "right": "left",

@@ -8,14 +8,13 @@ some captions the style has to do without a thing's name. For training alone.
 
 from __future__ import annotations
 
-from sana.data.stickers import backgrounds, layout
-from sana.data.stickers.compose import Composer
-from sana.data.stickers.grammar import Named, loose_caption, styled_caption
-from sana.data.stickers.scene import Background, Dice, Relation, Scene
+from sana.data.stickers import backgrounds
+from sana.data.stickers.compose import Composer, Thing
+from sana.data.stickers.grammar import loose_caption, styled_caption
+from sana.data.stickers.scene import RELATIONS, Dice, Scene
 
 _STREAM = 0x57E1
 _TRIES = 20
-_RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 # Shares of pictures of one unnamed thing, of one, of two to four alike; the rest are of two things.
 _LOOSE, _ONE, _MANY = 0.3, 0.15, 0.2
 
@@ -33,33 +32,22 @@ def draw_styled(composer: Composer, index: int, *, seed: int) -> Scene:
         concepts = _pair(dice, composer, style, concepts[0])
     is_many = _LOOSE + _ONE <= form < _LOOSE + _ONE + _MANY
     count = dice.between(2, 4) if is_many else 1
-    relation = dice.pick(_RELATIONS) if len(concepts) == 2 and dice.chance(0.5) else None
+    relation = dice.pick(RELATIONS) if len(concepts) == 2 and dice.chance(0.5) else None
     is_named = dice.chance(0.5)
-    background = _background(dice, composer, concepts, style, is_named=is_named)
+    hues = composer.hues_in(concepts, style)
+    background = backgrounds.choose(dice, hues, is_named=is_named, has_landscapes=False)
     shown = background if is_named else None
-    group = [concept for concept in concepts for _ in range(count)]
-    extents = [composer.extent_of(concept, style) for concept in group]
-    squares = layout.arrange(dice, extents, relation, has_ground=False)
+    things = [Thing(concept=concept, count=count) for concept in concepts]
+    objects, named = composer.arranged(dice, things, relation, style, has_ground=False)
     name = composer.styles[style]
     if form < _LOOSE:
-        caption, spans = loose_caption(dice, composer.concepts[concepts[0]], name, shown)
+        caption, spans = loose_caption(dice, named[0].concept, name, shown)
     else:
-        named = [
-            Named(
-                concept=composer.concepts[concept],
-                color=None,
-                objects=tuple(range(number * count, (number + 1) * count)),
-            )
-            for number, concept in enumerate(concepts)
-        ]
         caption, spans = styled_caption(dice, named, relation, name, shown)
     return Scene(
         kind="styled",
         background=background,
-        objects=tuple(
-            composer.place(concept, style, None, square)
-            for concept, square in zip(group, squares, strict=True)
-        ),
+        objects=objects,
         relation=relation,
         avatar=None,
         caption=caption,
@@ -74,13 +62,3 @@ def _pair(dice: Dice, composer: Composer, style: int, first: int) -> list[int]:
         if second != first and composer.allows("train", first, second):
             return [first, second]
     return [first]
-
-
-def _background(
-    dice: Dice, composer: Composer, concepts: list[int], style: int, *, is_named: bool
-) -> Background:
-    if composer.styles[style] == "silhouette":
-        hues = ["black"]
-    else:
-        hues = [hue for c in concepts if (hue := composer.concepts[c].color) is not None]
-    return backgrounds.choose(dice, hues, is_named=is_named, has_landscapes=False)

@@ -206,13 +206,10 @@ def _change_sticker(dice: Dice, composer: Composer, first: Scene) -> Twins | Non
         has_style = composer.sprite_of[concept][style] >= 0
         if not has_style or composer.has_shared_word(concept, placed.concept):
             return None
-    is_black = composer.styles[style] == "silhouette"
-    hue = "black" if is_black else composer.concepts[concept].color
+    hues = composer.hues_in([concept], style)
     background = first.background
-    if dice.chance(0.3) or backgrounds.clashes(background, [hue] if hue else []):
-        background = backgrounds.choose(
-            dice, [hue] if hue else [], is_named=True, has_landscapes=False
-        )
+    if dice.chance(0.3) or backgrounds.clashes(background, hues):
+        background = backgrounds.choose(dice, hues, is_named=True, has_landscapes=False)
     second = composer.sticker(dice, concept, style, background, is_named=dice.chance(0.5))
     return Twins(first=first, second=second, change=change)
 
