@@ -40,6 +40,17 @@ class Case:
             for own, time in zip(self.table.to(dtype), self.time.to(dtype).unbind(1), strict=True)
         ]
 
+    def results(
+        self, kind: torch.dtype, gate: Callable[[Row], Row] = lambda row: row
+    ) -> list[Tensor]:
+        """Sums and norms, with the gate and without; `gate` may plant a fault."""
+        x, value = self.x.to(kind), self.branch.to(kind)
+        shift, scale, third, *_ = self.rows(kind)
+        gated = Branch(value, gate(third), 1.5)
+        total, normed = ops.add_and_modulate(x, gated, shift, scale)
+        plain = ops.add_and_modulate(x, Branch(value), shift, scale)
+        return [total, normed, *plain, ops.add_branch(x, gated), ops.modulate(x, shift, scale)]
+
 
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 3), (3, 100), (5, 64)])
@@ -48,19 +59,11 @@ def test_residual_and_norm_equal_the_reference(
 ) -> None:
     case = Case(tokens, width, dtype)
 
-    def run(kind: torch.dtype, gate: Callable[[Row], Row] = lambda row: row) -> list[Tensor]:
-        x, value = case.x.to(kind), case.branch.to(kind)
-        shift, scale, third, *_ = case.rows(kind)
-        gated = Branch(value, gate(third), 1.5)
-        total, normed = ops.add_and_modulate(x, gated, shift, scale)
-        plain = ops.add_and_modulate(x, Branch(value), shift, scale)
-        return [total, normed, *plain, ops.add_branch(x, gated), ops.modulate(x, shift, scale)]
-
-    exact = [result.to(dtype) for result in run(torch.float64)]
+    exact = [result.to(dtype) for result in case.results(torch.float64)]
 
     def check(gate: Callable[[Row], Row]) -> None:
         with ops.force("triton"):
-            for expected, got in zip(exact, run(dtype, gate), strict=True):
+            for expected, got in zip(exact, case.results(dtype, gate), strict=True):
                 assert_matches(expected, got, bound)
 
     check(lambda row: row)
@@ -119,18 +122,11 @@ def test_a_norm_in_two_parts_equals_the_reference(
     """Of 512 and 88 columns, of 2048 and 192, and in one part."""
     case = Case(tokens, width, dtype)
 
-    def run(kind: torch.dtype, gate: Callable[[Row], Row] = lambda row: row) -> list[Tensor]:
-        x, value = case.x.to(kind), case.branch.to(kind)
-        shift, scale, third, *_ = case.rows(kind)
-        gated = Branch(value, gate(third), 1.5)
-        total, normed = ops.add_and_modulate(x, gated, shift, scale)
-        return [total, normed, ops.add_branch(x, gated), ops.modulate(x, shift, scale)]
-
-    exact = [result.to(dtype) for result in run(torch.float64)]
+    exact = [result.to(dtype) for result in case.results(torch.float64)]
 
     def check(gate: Callable[[Row], Row]) -> None:
         with ops.force("triton"), ops.trying("split_norm"):
-            for expected, got in zip(exact, run(dtype, gate), strict=True):
+            for expected, got in zip(exact, case.results(dtype, gate), strict=True):
                 assert_matches(expected, got, bound)
 
     order = pytest.importorskip("sana.kernels.order", reason="triton is made for Linux only")
