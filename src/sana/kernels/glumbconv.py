@@ -267,7 +267,7 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
 
     `fast` takes SiLU by the approximated tangent, where the device is NVIDIA's.
     """
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     B, H, W, F = x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2
     out = x.new_empty((B, H, W, F))
     pairs = B * triton.cdiv(F, BLOCK_F) * triton.cdiv(H, 2)
@@ -276,22 +276,21 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
     segments = triton.cdiv(W, segment)
     is_nvidia = x.is_cuda and torch.version.hip is None
     grid = (triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)
+    registers = {"maxnreg": MOST_REGISTERS} if is_nvidia and (AHEAD or WALK) else {}
     if WALK:
         # Triton's own SiLU takes more registers: some values would go to memory.
         is_both = WALK == 2 and (fast or not is_nvidia)
         _glu_walk[grid](
-            x, weight.contiguous(), bias, out, H, W, segments,
+            x, weight, bias, out, H, W, segments,
             F=F, SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
             FAST=2 if fast and is_nvidia else 0, LAST_FIRST=order.LAST_FIRST,
-            BOTH=is_both,
-            **({"maxnreg": MOST_REGISTERS} if is_nvidia else {}),
+            BOTH=is_both, **registers,
         )  # fmt: skip
         return out
     _glu_depthwise[grid](
-        x, weight.contiguous(), bias, out, H, W, F, segments,
+        x, weight, bias, out, H, W, F, segments,
         SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-        FAST=fast and is_nvidia, AHEAD=AHEAD, LAST_FIRST=order.LAST_FIRST,
-        **({"maxnreg": MOST_REGISTERS} if AHEAD and is_nvidia else {}),
+        FAST=fast and is_nvidia, AHEAD=AHEAD, LAST_FIRST=order.LAST_FIRST, **registers,
     )  # fmt: skip
     return out
 
