@@ -43,8 +43,10 @@ from benchmarks.kernels import (  # noqa: E402
 )
 from sana.kernels import ops  # noqa: E402
 from sana.kernels.proven import REPORTS, Way  # noqa: E402
+from sana.kernels.reference import FP8  # noqa: E402
 from sana.models.dcae import DCAE  # noqa: E402
 from sana.models.dit import LinearDiT  # noqa: E402
+from sana.models.rounding import narrow  # noqa: E402
 from sana.pipelines.graphs import cuda_capture  # noqa: E402
 from sana.presets import preset  # noqa: E402
 
@@ -119,6 +121,7 @@ def _network(
             return lambda: decoder.decode(latent), copy.deepcopy(decoder).float().decode(
                 latent.float()
             )
+    name, in_fp8, _ = name.partition("+fp8")
     name, _, width = name.partition("@")
     name, _, batch = name.partition("*")
     c = preset("tiny" if is_tiny else name).config.dit
@@ -145,6 +148,8 @@ def _network(
         wide = copy.deepcopy(network).float()
         plain = wide.prepare(text.float(), mask)
         exact = wide.denoise(latent, type(moment)(*(x.float() for x in moment)), plain, None)
+    if in_fp8:
+        narrow(network, FP8)
     return call, exact
 
 
@@ -218,7 +223,7 @@ def _profile(title: str, replay: Callable[[], None]) -> None:
     print("  gap us, us, in order:", *lines[middle : middle + 20], sep="\n")
     print("  ms, count, us, gap us")
     for name, pairs in sorted(by_name.items(), key=lambda pair: -sum(t for t, _ in pair[1])):
-        if len(pairs) > 4:
+        if len(pairs) > 4 or sum(t for t, _ in pairs) > 50:
             times, gaps = zip(*pairs, strict=True)
             print(
                 f"  {sum(times) / 1000:7.3f} {len(pairs):4d} {statistics.mean(times):7.1f}"
@@ -228,7 +233,7 @@ def _profile(title: str, replay: Callable[[], None]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--of", default="sana-1600m-1024", help="PRESET*BATCH@SIDE, or dc-ae")
+    parser.add_argument("--of", default="sana-1600m-1024", help="PRESET*BATCH@SIDE+fp8, or dc-ae")
     parser.add_argument("--variants", default="", help="separated by ;")
     parser.add_argument("--tokens", type=int, default=TEXT, help="of the text")
     parser.add_argument("--rounds", type=int, default=15)

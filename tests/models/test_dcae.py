@@ -372,6 +372,24 @@ def test_enlarging_and_convolving_is_one_convolution_of_windows(height: int, wid
     assert_detects(check, windows(weight).flip(2))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_kernel_sums_taps_as_the_product_does(layout: torch.memory_format) -> None:
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    weight = draw(3, 5, 3, 3).float()
+    expected = windows(weight)
+
+    def check(weight: Tensor) -> None:
+        with ops.force("triton"), torch.inference_mode():
+            got = windows(weight.contiguous(memory_format=layout))
+        assert got.shape == expected.shape
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert_matches(expected, got, 2e-7)  # floor 4e-8: sums run in another order
+
+    check(weight)
+    assert_detects(check, weight.flip(2))
+    assert_detects(check, weight.flip(3))
+
+
 @pytest.mark.parametrize(("dim", "out"), [(8, 8), (8, 4), (8, 2)])
 def test_windows_are_spread_with_bias_and_shortcut(dim: int, out: int) -> None:
     pytest.importorskip("triton", reason="triton is made for Linux only")

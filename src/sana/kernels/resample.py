@@ -98,3 +98,43 @@ def spread(z: Tensor, x: Tensor, bias: Tensor) -> Tensor:
 @spread.register_fake
 def _(z: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     return z.new_empty((x.shape[0], 2 * x.shape[1], 2 * x.shape[2], z.shape[3] // 4))
+
+
+@triton.jit
+def _window_taps(
+    weight_ptr, out_ptr, C, K, STRIDE_C, STRIDE_K, STRIDE_Y, STRIDE_X, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one channel of the result the 3x3 taps of BLOCK channels: four times 2x2."""
+    c = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    for a in tl.static_range(2):
+        for b in tl.static_range(2):
+            for y in tl.static_range(2):
+                for x in tl.static_range(2):
+                    # Place 0 sees taps 0 and 1 + 2, place 1 sees taps 0 + 1 and 2.
+                    total = tl.zeros((BLOCK,), dtype=tl.float32)
+                    for row in tl.static_range(y * (1 + a), 1 + a + y * (2 - a)):
+                        for column in tl.static_range(x * (1 + b), 1 + b + x * (2 - b)):
+                            at = c * STRIDE_C + row * STRIDE_Y + column * STRIDE_X + k * STRIDE_K
+                            tap = tl.load(weight_ptr + at, mask=k < K, other=0.0)
+                            total += tap.to(tl.float32)
+                    place = ((2 * a + b) * C + c) * 4 + 2 * y + x
+                    value = total.to(out_ptr.dtype.element_ty)
+                    tl.store(out_ptr + place * K + k, value, mask=k < K)
+
+
+@op("window_taps")
+def window_taps(weight: Tensor) -> Tensor:
+    """weight (C, K, 3, 3) -> the taps of `resampling.windows`, (4 C, 2, 2, K), contiguous."""
+    C, K = weight.shape[:2]
+    out = weight.new_empty((4 * C, 2, 2, K))
+    block = min(512, triton.next_power_of_2(K))
+    _window_taps[(C, triton.cdiv(K, block))](
+        weight, out, C, K, *weight.stride(), BLOCK=block, num_warps=4
+    )
+    return out
+
+
+@window_taps.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty((4 * weight.shape[0], 2, 2, weight.shape[1]))

@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sana.kernels import ops
+
 
 def channels_last(x: Tensor) -> Tensor:
     """The same map in channels-last memory."""
@@ -59,8 +61,13 @@ def windows(weight: Tensor) -> Tensor:
     """3x3 after nearest enlargement by 2 (out, in, 3, 3) -> 2x2 to (4 out, in, 2, 2), border 1.
 
     Place 2a + b of an output cell (2i + a, 2j + b) is out channels 2a + b of the result, at window
-    (i + a, j + b).
+    (i + a, j + b). Sums are taken in fp32.
     """
+    if ops.is_inference(weight) and ops.uses_triton(weight) and weight.dtype.itemsize <= 4:
+        from sana.kernels import resample
+
+        made: Tensor = resample.window_taps(weight)
+        return made.permute(0, 3, 1, 2)
     taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (out, 9, in)
     summed = _sums_of_taps(weight.device, weight.dtype) @ taps  # (out, 16, in)
     made = torch.unflatten(summed, 1, (4, 2, 2))  # (out, place, y, x, in)
