@@ -163,3 +163,18 @@ def test_a_lone_texts_row_is_added_to_all_of_its_tokens(
     check(row)
     assert_detects(check, row + 0.1)
     assert_detects(lambda limit: check(row, limit), 0.2)
+
+
+def test_activations_keep_nan() -> None:
+    """A broken picture would look like a whole one."""
+    x = draw(2, 3, 8, seed=1).clamp(-1, 1)
+    one, none = torch.ones(8, device=x.device), torch.zeros(8, device=x.device)
+    for activation in ("relu", "silu"):
+        own = x.clone()
+        own[0, 0, 0] = float("nan")
+        with ops.force("triton"), torch.no_grad():
+            assert ops.bias_act_(own, none, activation)
+            assert own[0, 0, 0].isnan() and own.isnan().sum() == 1
+            own[0, 0, 1:] = 0
+            assert ops.rms_norm_(own, one, none, eps=1e-5, activation=activation)
+        assert own[0, 0].isnan().all() and own.isnan().sum() == 8

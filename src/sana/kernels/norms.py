@@ -78,8 +78,9 @@ def _residual_norm(
 
 @triton.jit
 def _activate(x, KIND: tl.constexpr):
+    """NaN stays, so that a broken picture is seen to be one."""
     if KIND == 1:
-        x = tl.where(x > 0, x, 0.0)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == 2:
         x = x * tl.sigmoid(x)
     return x

@@ -244,8 +244,8 @@ def _up_work(
     if c.up == "pixel_shuffle":
         main = coarse + 2 * fine
     elif "windows" in ways and not empty:
-        # The input, and the kernel's sums and copy; it and the windows; these and the result.
-        main = coarse + max(32 * wide * out, 16 * wide * out + fine, 2 * fine)
+        # The input, and the kernel and the windows; these and the result.
+        main = coarse + max(16 * wide * out + fine, 2 * fine)
     elif "doubling" in ways:
         # The input, and the kernel's parts in fp32; it and the result.
         main = coarse + max(44 * 4 // value * wide * out, 16 * wide * out + fine)
