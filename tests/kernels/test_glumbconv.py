@@ -11,7 +11,6 @@ from sana.kernels import ops, reference
 
 glumbconv = pytest.importorskip("sana.kernels.glumbconv", reason="triton is made for Linux only")
 gradient = pytest.importorskip("sana.kernels.glumbconv_gradient")
-order = pytest.importorskip("sana.kernels.order")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,35 +65,6 @@ def test_a_row_longer_than_a_segment_is_joined(monkeypatch: pytest.MonkeyPatch) 
             patch.setattr(glumbconv, name, 2)
             patch.setattr(glumbconv, "ENOUGH", enough)
             assert torch.equal(whole, triton(*inputs))
-
-
-def test_reading_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = draw(2, 3, 5, 6, torch.float32)
-    results = []
-    for ahead in (False, True):
-        monkeypatch.setattr(glumbconv, "AHEAD", ahead)
-        results.append(triton(*inputs))
-    assert torch.equal(*results) and bool(results[0].isfinite().all())
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 3, 5, 6), (1, 4, 3, 130)])
-def test_walking_and_another_order_change_no_bit(
-    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = draw(*shape, torch.float32)
-    expected = triton(*inputs)
-    monkeypatch.setattr(glumbconv, "ENOUGH", 0)
-
-    def check(x: Tensor) -> None:
-        for segment, walk, is_last_first in ((2, 1, 0), (32, 2, 1), (2, 2, 0), (32, 0, 1)):
-            monkeypatch.setattr(glumbconv, "SEGMENT", segment)
-            monkeypatch.setattr(glumbconv, "WALK", walk)
-            monkeypatch.setattr(order, "LAST_FIRST", is_last_first)
-            got = triton(x.clone(), *inputs[1:])
-            assert torch.equal(expected, got) and bool(got.isfinite().all())
-
-    check(inputs[0])
-    assert_detects(check, inputs[0] * 1.01)
 
 
 def test_a_compiled_caller_goes_through_the_kernel() -> None:

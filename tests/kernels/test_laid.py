@@ -72,19 +72,6 @@ def test_equals_torchs_own(
     assert_detects(lambda k: check(k, mask), k * 1.1)
 
 
-def test_the_order_of_samples_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = pytest.importorskip("sana.kernels.order", reason="triton is made for Linux only")
-    q, k, v, mask = draw(70, 5, 16, torch.float16)
-    expected = triton(q, k, v, mask)
-
-    def check(q: Tensor) -> None:
-        assert torch.equal(expected, triton(q, k, v, mask))
-
-    monkeypatch.setattr(order, "LAST_FIRST", 1)
-    check(q)
-    assert_detects(check, q.flip(0))
-
-
 def test_without_a_mask_and_queries_of_any_memory() -> None:
     q, k, v, mask = draw(5, 3, 16, torch.float16)
     everything = torch.ones_like(mask)

@@ -160,7 +160,7 @@ def test_narrow_products_give_the_same_result(tokens: int, dim: int) -> None:
 def test_whole_heads_give_the_same_result(
     tokens: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sana.kernels import order, whole_heads
+    from sana.kernels import whole_heads
 
     q, k, v, _ = draw(tokens, dim, dtype)
     exact = reference.linear_attention(q.double(), k.double(), v.double(), eps=EPS).to(dtype)
@@ -176,10 +176,8 @@ def test_whole_heads_give_the_same_result(
 
     check(k)  # with too few heads for it
     monkeypatch.setattr(whole_heads, "FEWEST", 6)
-    for is_last_first in (0, 1):
-        monkeypatch.setattr(order, "LAST_FIRST", is_last_first)
-        check(k)
-        assert_detects(check, k.roll(1, dims=-1))
+    check(k)
+    assert_detects(check, k.roll(1, dims=-1))
 
 
 def test_whole_heads_are_for_many_heads_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

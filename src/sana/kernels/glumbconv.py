@@ -16,10 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels import order
-from sana.kernels.cells import raw_column
 from sana.kernels.launching import op
-from sana.kernels.order import place
 
 BLOCK_F = 128
 NUM_WARPS = 1
@@ -28,12 +25,8 @@ SEGMENT = 32
 SHORTER = 16
 """The same where else there were fewer than `ENOUGH` programs."""
 ENOUGH = 1024
-AHEAD = True
-"""Whether values of the next column are read while gates of one are computed."""
-WALK = 0
-"""1 for `_glu_walk` in place of `_glu_depthwise`, 2 with gates read a column ahead too."""
 MOST_REGISTERS = 168
-"""For AHEAD: with more, fewer programs would be there at a time."""
+"""With more, fewer programs would be there at a time."""
 
 
 @triton.jit
@@ -132,62 +125,6 @@ def _taps(weight_ptr, c, is_inside):
 
 
 @triton.jit
-def _own_strip(SEGMENTS, SEGMENT: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """First row, first column and sample of a program."""
-    strip = place(1, LAST_FIRST)
-    batch = place(2, LAST_FIRST).to(tl.int64)
-    return strip // SEGMENTS * 2, strip % SEGMENTS * SEGMENT, batch
-
-
-@triton.jit
-def _glu_depthwise(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, F, SEGMENTS,
-    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Two rows of SEGMENT columns of BLOCK_F channels.
-
-    At input column w, `l` are the sums for the output at w - 1 and `r` those for w, of value v and
-    gate g in rows 0 and 1. AHEAD: what comes next is on its way meanwhile.
-    """
-    v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    is_inside = v < F
-    g = v + F
-    h, start, batch = _own_strip(SEGMENTS, SEGMENT, LAST_FIRST)
-    x_ptr += batch * H * W * 2 * F
-    out_ptr += batch * H * W * F
-    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _taps(weight_ptr, v, is_inside)
-    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _taps(weight_ptr, g, is_inside)
-    bv = tl.load(bias_ptr + v, mask=is_inside, other=0.0).to(tl.float32)
-    bg = tl.load(bias_ptr + g, mask=is_inside, other=0.0).to(tl.float32)
-    lv0, lv1, rv0, rv1 = bv, bv, bv, bv
-    lg0, lg1, rg0, rg1 = bg, bg, bg, bg
-    if AHEAD:
-        va, vb, vd, ve = raw_column(x_ptr, h, start - 1, H, W, 2 * F, v, F)
-    for step in range(SEGMENT + 2):
-        w = start + step - 1
-        if not AHEAD:
-            va, vb, vd, ve = raw_column(x_ptr, h, w, H, W, 2 * F, v, F)
-        ga, gb, gd, ge = raw_column(x_ptr, h, w, H, W, 2 * F, g, 2 * F)
-        value_0, value_1, lv0, lv1, rv0, rv1 = _step(
-            va, vb, vd, ve, bv, v0, v1, v2, v3, v4, v5, v6, v7, v8, lv0, lv1, rv0, rv1, FAST
-        )
-        if AHEAD:
-            va, vb, vd, ve = raw_column(x_ptr, h, w + 1, H, W, 2 * F, v, F)
-        gate_0, gate_1, lg0, lg1, rg0, rg1 = _step(
-            ga, gb, gd, ge, bg, g0, g1, g2, g3, g4, g5, g6, g7, g8, lg0, lg1, rg0, rg1, FAST
-        )
-        is_done = (w > start) & (w <= W)
-        at = out_ptr + (h * W + w - 1) * F + v
-        out = value_0 * _silu(gate_0, FAST)
-        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=v < tl.where(is_done, F, 0))
-        at += W * F
-        out = value_1 * _silu(gate_1, FAST)
-        last = tl.where(is_done & (h + 1 < H), F, 0)
-        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=v < last)
-
-
-@triton.jit
 def _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, PLACE: tl.constexpr):
     """Cells of four rows, PLACE behind their addresses; 0 where the column is not of the map."""
     return (
@@ -199,16 +136,21 @@ def _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, PLACE: tl.constexpr):
 
 
 @triton.jit
-def _glu_walk(
+def _glu_depthwise(
     x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, SEGMENTS,
     F: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr,
-    LAST_FIRST: tl.constexpr, BOTH: tl.constexpr,
+    BOTH: tl.constexpr,
 ):  # fmt: skip
-    """`_glu_depthwise` with AHEAD, by addresses that move on; BOTH: gates too are read ahead."""
+    """Two rows of SEGMENT columns of BLOCK_F channels, by addresses that move on.
+
+    At input column w, `l` are the sums for the output at w - 1 and `r` those for w, of value v and
+    gate g in rows 0 and 1. Values of the next column are on their way meanwhile; BOTH: gates too.
+    """
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_inside = v < F
     g = v + F
-    h, start, batch = _own_strip(SEGMENTS, SEGMENT, LAST_FIRST)
+    strip, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, start = strip // SEGMENTS * 2, strip % SEGMENTS * SEGMENT
     m0, m1 = v < tl.where(h > 0, F, 0), is_inside
     m2, m3 = v < tl.where(h + 1 < H, F, 0), v < tl.where(h + 2 < H, F, 0)
     p0 = x_ptr + batch * H * W * 2 * F + ((h - 1) * W + start - 1) * 2 * F + v
@@ -276,21 +218,12 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
     segments = triton.cdiv(W, segment)
     is_nvidia = x.is_cuda and torch.version.hip is None
     grid = (triton.cdiv(F, BLOCK_F), triton.cdiv(H, 2) * segments, B)
-    registers = {"maxnreg": MOST_REGISTERS} if is_nvidia and (AHEAD or WALK) else {}
-    if WALK:
-        # Triton's own SiLU takes more registers: some values would go to memory.
-        is_both = WALK == 2 and (fast or not is_nvidia)
-        _glu_walk[grid](
-            x, weight, bias, out, H, W, segments,
-            F=F, SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-            FAST=2 if fast and is_nvidia else 0, LAST_FIRST=order.LAST_FIRST,
-            BOTH=is_both, **registers,
-        )  # fmt: skip
-        return out
     _glu_depthwise[grid](
-        x, weight, bias, out, H, W, F, segments,
-        SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-        FAST=fast and is_nvidia, AHEAD=AHEAD, LAST_FIRST=order.LAST_FIRST, **registers,
+        x, weight, bias, out, H, W, segments,
+        F=F, SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
+        FAST=2 if fast and is_nvidia else 0,
+        # Triton's own SiLU takes more registers: some values would go to memory.
+        BOTH=fast or not is_nvidia, **({"maxnreg": MOST_REGISTERS} if is_nvidia else {}),
     )  # fmt: skip
     return out
 

@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels import order
 from sana.kernels.launching import op
-from sana.kernels.order import place
 
 BLOCK_N = 64
 BLOCK_T = 32
@@ -67,10 +65,9 @@ def _attend(
     q_ptr, keys_ptr, values_ptr, count_ptr, out_ptr, H, N, P, steep,
     qB, qH, qN, oB, oH, oN,
     D: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head; `steep` is the scale for powers of two."""
-    group = place(1, LAST_FIRST).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
     batch, head = group // H, group % H
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, WIDE)
@@ -143,7 +140,7 @@ def laid_attention(q: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> T
         q, keys, values, counts, out, H, N, keys.shape[2], D**-0.5 * LOG2_E,
         *q.stride()[:3], *out.stride()[:3],
         D=D, WIDE=keys.shape[3], BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
-        LAST_FIRST=order.LAST_FIRST, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return out
 

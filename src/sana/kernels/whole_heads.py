@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels import order
 from sana.kernels.launching import op
 from sana.kernels.linear_attention import (
     exact_products,
@@ -21,7 +20,6 @@ from sana.kernels.linear_attention import (
     token_major,
     wide_products,
 )
-from sana.kernels.order import place
 
 BLOCK_N = 64
 NUM_WARPS = 4
@@ -65,10 +63,10 @@ def _attend_heads(
     q_ptr, k_ptr, v_ptr, out_ptr, H, N, eps,
     qB, qH, qN, kB, kH, kN, vB, vH, vN, oB, oH, oN,
     D: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    NARROW: tl.constexpr, LAST_FIRST: tl.constexpr, NUM_STAGES: tl.constexpr,
+    NARROW: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = relu(q) S / (relu(q) z + eps) of one head, S = relu(k)^T v, z = sum relu(k)."""
-    group = place(0, LAST_FIRST)
+    group = tl.program_id(0)
     batch, head = (group // H).to(tl.int64), group % H
     d = tl.arange(0, D)
     n = tl.arange(0, BLOCK_N)
@@ -115,7 +113,7 @@ def whole_heads(q: Tensor, k: Tensor, v: Tensor, eps: float, narrow: bool = Fals
         q, k, v, out, H, N, eps,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         D=D, BLOCK_N=BLOCK_N, EXACT=exact_products(q), WIDE=wide_products(q), NARROW=narrow,
-        LAST_FIRST=order.LAST_FIRST, NUM_STAGES=NUM_STAGES, num_warps=NUM_WARPS,
+        NUM_STAGES=NUM_STAGES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
