@@ -71,7 +71,7 @@ STEP_WAYS: tuple[Way, ...] = (
     "split_norm",
     "whole_heads",
 )
-DECODE_WAYS: tuple[Way, ...] = ("doubling", "windows", "aggregate")
+DECODE_WAYS: tuple[Way, ...] = ("doubling", "windows", "aggregate", "pixels")
 TEXT_WAYS: tuple[Way, ...] = ("gemma_norm", "gemma_attention", "gemma_gate", "gemma_joined")
 GAIN = 0.998
 """A way is kept if it takes at most so much of the time without it."""

@@ -16,7 +16,7 @@ from sana.kernels.proven import Way
 from sana.models import dcae, maps
 from sana.models.bert import Bert
 from sana.models.controlnet import ControlNet
-from sana.models.dcae import DCAE, Up
+from sana.models.dcae import DCAE, Decoder, Up
 from sana.models.dit import LinearDiT
 from sana.models.gemma_decoder import GemmaDecoder
 from sana.pipelines import footprint
@@ -135,11 +135,12 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WAYS: list[tuple[Way, ...]] = [(), ("windows",), ("doubling",), ("windows", "aggregate")]
+WAYS += [("windows", "aggregate", "pixels")]
 
 
 def use_only(ways: tuple[Way, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the ways that change what a decoder holds, these alone, proven or not."""
-    for way in ("windows", "doubling", "aggregate"):
+    for way in ("windows", "doubling", "aggregate", "pixels"):
         monkeypatch.setitem(ops._allowed, way, way in ways)
 
 
@@ -185,6 +186,24 @@ def test_enlarging_holds_the_maps_of_its_way(
     assert_estimates(estimates[ways], measured)
     if ways == ("windows",) and side == 2048 and index == 0:
         assert_detects(lambda way: assert_estimates(estimates[way], measured), ("doubling",))
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (2368, 4096)])
+def test_pixels_take_less_than_a_second_map(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the plan has at the end of every decoder, so that it needs no more for that way."""
+    config = preset("sana-1600m-1024").config.autoencoder
+    with torch.device("meta"):
+        decoder = Decoder(config).to(BF16)
+        x = torch.empty(1, height, width, config.decoder[0].width, dtype=BF16).permute(0, 3, 1, 2)
+    use_only(("pixels",), monkeypatch)
+    with ops.force("triton"):
+        measured = peak_bytes(lambda: decoder._pixels_at_once(x))
+    print(f"measured {measured / 2**20:.1f} MiB, a map {x.nbytes / 2**20:.1f}")
+    assert 6 * height * width < measured < x.nbytes
+    assert measured < 2**29 + 2**26, "in bands of rows"
 
 
 def test_the_norms_pieces_are_as_large_as_the_estimate_thinks() -> None:

@@ -39,6 +39,7 @@ Way: TypeAlias = Literal[
     "split_norm",
     "lone_rows",
     "whole_heads",
+    "pixels",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -94,6 +95,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "lone_rows": STEPS,
         # Linear attention with all tokens of a head in one program, where there are heads enough.
         "whole_heads": None,
+        # DC-AE: last norm, activation and 3x3 to three channels as one product and a sum.
+        "pixels": None,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -151,8 +151,25 @@ class Decoder(nn.Module):
             for layer in stage.children():
                 x = layer(x)
         x = x.to(wide) if narrow.itemsize < wide.itemsize else x
-        images: Tensor = self.head(self.norm.activated(x, self.activation))
+        images = self._pixels_at_once(x)
+        if images is None:
+            images = self.head(self.norm.activated(x, self.activation))
         return images
+
+    def _pixels_at_once(self, x: Tensor) -> Tensor | None:
+        """Norm, activation and head without a map between; None where kernels do not take that."""
+        head, rows = self.head, x.permute(0, 2, 3, 1)
+        if not (ops.allows("pixels") and ops.uses_triton(x)):
+            return None
+        if not isinstance(head, nn.Conv2d) or head.bias is None:
+            return None
+        from sana.kernels import pixels
+
+        parts = (rows, self.norm.weight, self.norm.bias, head.weight, head.bias)
+        if not (ops.is_inference(*parts) and pixels.supports(*parts)):
+            return None
+        made: Tensor = pixels.make_pixels(*parts, self.norm.eps, ops.KINDS[self.activation])
+        return made.permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
