@@ -149,14 +149,12 @@ def _glu_depthwise(
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_inside = v < F
     g = v + F
-    strip, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    h, start = strip // SEGMENTS * 2, strip % SEGMENTS * SEGMENT
+    h, start = tl.program_id(1) // SEGMENTS * 2, tl.program_id(1) % SEGMENTS * SEGMENT
+    batch = tl.program_id(2).to(tl.int64)
     m0, m1 = v < tl.where(h > 0, F, 0), is_inside
     m2, m3 = v < tl.where(h + 1 < H, F, 0), v < tl.where(h + 2 < H, F, 0)
     p0 = x_ptr + batch * H * W * 2 * F + ((h - 1) * W + start - 1) * 2 * F + v
-    p1 = p0 + W * 2 * F
-    p2 = p1 + W * 2 * F
-    p3 = p2 + W * 2 * F
+    p1, p2, p3 = p0 + W * 2 * F, p0 + 2 * W * 2 * F, p0 + 3 * W * 2 * F
     o0 = out_ptr + batch * H * W * F + (h * W + start - 2) * F + v
     o1 = o0 + W * F
     v0, v1, v2, v3, v4, v5, v6, v7, v8 = _taps(weight_ptr, v, is_inside)

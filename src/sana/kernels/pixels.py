@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sana.kernels.launching import op
 from sana.kernels.linear_attention import exact_products
+from sana.kernels.norms import _activate
 
 OUT = 3
 PLANES = 9 * OUT
@@ -34,16 +35,6 @@ PIXELS = 256
 """Of a program of the second pass."""
 BAND_VALUES = 2**27
 """The planes of a band of rows hold at most so many values, if three rows fit."""
-
-
-@triton.jit
-def _activate(x, KIND: tl.constexpr):
-    """As `ops.KINDS` says; NaN stays NaN."""
-    if KIND == 1:
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if KIND == 2:
-        x = x * tl.sigmoid(x)
-    return x
 
 
 @triton.jit

@@ -40,6 +40,7 @@ Way: TypeAlias = Literal[
     "lone_rows",
     "whole_heads",
     "pixels",
+    "chosen_products",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -97,6 +98,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "whole_heads": None,
         # DC-AE: last norm, activation and 3x3 to three channels as one product and a sum.
         "pixels": None,
+        # Products of image tokens by algorithms of cuBLASLt that are chosen by `chosen`.
+        "chosen_products": None,
     }
 )
 """Each way with the report that proves it, or None."""

@@ -36,7 +36,7 @@ from sana.models.resampling import (
     unshuffle,
     windows,
 )
-from sana.models.rounding import product_dtype, rounded
+from sana.models.rounding import Product, product_dtype, rounded
 from sana.models.sending import sent
 
 ATTENTION_EPS = 1e-15
@@ -213,7 +213,7 @@ class MultiScaleAttention(nn.Module):
         self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.scales = nn.ModuleList(Aggregate(3 * dim, head_dim, scale) for scale in scales)
-        self.output = nn.Linear((1 + len(scales)) * dim, dim, bias=False)
+        self.output = Product((1 + len(scales)) * dim, dim, bias=False)
         self.norm = make_norm(norm, dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.config import DiTConfig
-from sana.kernels import ops, reference
+from sana.kernels import ops, products, reference
 from sana.kernels.reference import FP8, Rows
 
 PARTS = ("blocks.", "decoder.stages.")
@@ -48,11 +48,14 @@ class Product(nn.Linear):
     """A linear layer that rounds its input where its weights are narrower."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(rounded(x, self.weight.dtype))
+        x = rounded(x, self.weight.dtype)
+        made = products.product(x, self.weight, self.bias)
+        return super().forward(x) if made is None else made
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Writes the result for x (B, N, K) into `out` (B, N, M), contiguous; not for autograd."""
-        torch.addmm(self.bias, x.flatten(0, 1), self.weight.mT, out=out.flatten(0, 1))
+        if not products.into(x, self.weight, self.bias, out):
+            torch.addmm(self.bias, x.flatten(0, 1), self.weight.mT, out=out.flatten(0, 1))
 
 
 class Scaled(Product):

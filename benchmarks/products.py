@@ -1,0 +1,238 @@
+"""Which algorithm of cuBLASLt is fastest for each product of a transformer, with the chip at work?
+
+    python benchmarks/products.py                          # on an H100 or H200, two minutes
+    python benchmarks/products.py --rows 2048,32768 --update
+    python benchmarks/products.py --race sana-600m-1024 --rows ""   # the table as it is, in a step
+
+Every shape is done by torch and by all that the library offers without a workspace: its guesses for
+this shape and for all others of the run. Each is a CUDA graph of some milliseconds; graphs are
+replayed in turn, in another order each time, without pauses, so that the chip is as warm and as
+close to its power limit for one as for the other. The fastest go through it again. Printed are
+medians, and the rows of `sana.kernels.chosen`, which --update writes there. Then whole steps are
+raced with torch's products, with the rows that were there and with the new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+
+from benchmarks.errors import rel_rms  # noqa: E402
+from benchmarks.gaps import _network  # noqa: E402
+from sana.kernels import chosen, ops, products  # noqa: E402
+from sana.kernels.chosen import CHOSEN, Algorithm, Shape  # noqa: E402
+from sana.pipelines.graphs import cuda_capture  # noqa: E402
+from sana.presets import preset  # noqa: E402
+
+MODELS = ("sana-1600m-1024", "sana-600m-1024")
+ROWS = "1024,2048,4096,8192,16384,32768"
+RACES = (
+    "sana-1600m-1024,sana-600m-1024,sana-sprint-1600m-1024,sana-sprint-600m-1024,"
+    "sana-1600m-1024*32,sana-600m-1024*32"
+)
+GAIN = 0.995
+"""A row is written if it takes at most so much of torch's time."""
+BOUND = 4e-3
+"""Relative RMS from torch's result, of which bf16's digits leave 2.4e-3."""
+BEST = 6
+"""What goes through the second, longer race."""
+Replay = Callable[[], Any]
+
+
+def main() -> int:
+    """0, or 1 where there is no such GPU."""
+    options = _options()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("this needs a GPU of capability 9.0 (H100, H200): the table is for these alone")
+        return 1
+    began = time.monotonic()
+    with torch.inference_mode(), ops.trying("chosen_products"):
+        rows = [int(word) for word in options.rows.split(",") if word]
+        found = search(shapes(rows) + (decoder_shapes() if rows else []), options)
+        print(*(_row(*pair) for pair in found.items()), sep="\n", flush=True)
+        if options.update:
+            update({**CHOSEN, **found})
+        print(f"{time.monotonic() - began:.0f} s", flush=True)
+        for name in filter(None, options.race.split(",")):
+            race_steps(name, {**CHOSEN, **found}, options)
+    return 0
+
+
+def shapes(counts: list[int]) -> list[Shape]:
+    """The products of image tokens in both official widths."""
+    made = []
+    for name in MODELS:
+        config = preset(name).config.dit
+        width, hidden = config.width, config.mlp_width
+        sides = [(3 * width, width, False), (width, width, True)]
+        sides += [(2 * hidden, width, True), (width, hidden, False)]
+        made += [Shape(count, *side) for count in counts for side in sides]
+    return made
+
+
+def decoder_shapes(pixels: int = 1024) -> list[Shape]:
+    """The products of the DC-AE's transformer blocks for one picture."""
+    made = []
+    for index, stage in enumerate(preset(MODELS[0]).config.autoencoder.decoder):
+        if stage.block == "efficientvit" and stage.depth:
+            width, scales = stage.width, 1 + len(stage.scales)
+            rows = (pixels >> index) ** 2
+            sides = [(8 * width, width, True), (width, 4 * width, False)]
+            made += [Shape(rows, *side) for side in [*sides, (width, scales * width, False)]]
+    return list(dict.fromkeys(made))
+
+
+def search(wanted: list[Shape], options: argparse.Namespace) -> dict[Shape, Algorithm]:
+    """The fastest for each shape, where that is faster than torch."""
+    guesses = {shape: list(products.Plan(shape).guesses()) for shape in wanted}
+    pool = list(dict.fromkeys(one for own in guesses.values() for one in own))
+    print(f"{len(wanted)} shapes, {len(pool)} algorithms", flush=True)
+    found = {}
+    for shape in wanted:
+        ranked = fastest(shape, guesses[shape], pool, options)
+        times = dict(ranked)
+        best, took = next((pair for pair in ranked if pair[0] is not None), (None, 0.0))
+        if best is None:
+            print(f"{tuple(shape)}: no algorithm but torch's, {times[None]:.1f} us", flush=True)
+            continue
+        torch_took, guess_took = times[None], times.get((guesses[shape] or [None])[0])
+        first = "" if guess_took is None else f", first guess {guess_took:.1f}"
+        print(
+            f"{tuple(shape)}: torch {torch_took:.1f} us{first}, best {took:.1f} {tuple(best)}, "
+            f"{2e-6 * shape.rows * shape.results * shape.values / took:.0f} TFLOP/s",
+            flush=True,
+        )
+        if took <= GAIN * torch_took:
+            found[shape] = best
+    return found
+
+
+def fastest(
+    shape: Shape, guesses: list[Algorithm], pool: list[Algorithm], options: argparse.Namespace
+) -> list[tuple[Algorithm | None, float]]:
+    """Microseconds of torch (None) and of the best, the fastest first."""
+    rows, results, values, has_bias = shape
+    draw = [
+        [torch.randn(*sides, device="cuda").bfloat16() for _ in range(options.copies)]
+        for sides in ((rows, values), (results, values))
+    ]
+    bias = torch.randn(results, device="cuda").bfloat16() if has_bias else None
+    out = torch.empty(rows, results, device="cuda", dtype=torch.bfloat16)
+    times = max(2, round(2e-3 / (2 * rows * results * values / 7e14)))
+
+    def captured(call: Callable[..., None]) -> Replay:
+        def several() -> None:
+            for turn in range(times):
+                call(*(own[turn % len(own)] for own in draw))
+
+        several()
+        return cuda_capture()(several)[0]
+
+    def plain(x: Any, weight: Any) -> None:
+        if bias is None:
+            torch.mm(x, weight.mT, out=out)
+        else:
+            torch.addmm(bias, x, weight.mT, out=out)
+
+    known: dict[Algorithm | None, Replay] = {None: captured(plain)}
+    plain(draw[0][0], draw[1][0])
+    expected = out.clone()
+    for one in dict.fromkeys([*guesses, *pool]):
+        plan = products.Plan(shape)
+        if not plan.choose(one):
+            continue
+        out.fill_(float("nan"))
+        plan.run(draw[0][0], draw[1][0], bias, out)
+        error = rel_rms(expected, out)
+        if not error < BOUND:  # so that NaN fails too
+            print(f"  {tuple(one)}: {error:.1e} off torch's: left out", flush=True)
+            continue
+        if not torch.equal(expected, out):
+            print(f"  {tuple(one)}: other bits, {error:.1e}", flush=True)
+        known[one] = captured(lambda x, w, plan=plan: plan.run(x, w, bias, out))
+    ranked = race(known, 3)
+    kept = [one for one, _ in ranked[:BEST]]
+    kept += [one for one in (None, *guesses[:1]) if one in known and one not in kept]
+    ranked = race({one: known[one] for one in kept}, options.rounds)
+    return [(one, 1000 * took / times) for one, took in ranked]
+
+
+def race(replays: Mapping[Any, Replay], rounds: int, row: int = 1) -> list[tuple[Any, float]]:
+    """Median ms of each, the fastest first."""
+    taken: dict[Any, list[float]] = {name: [] for name in replays}
+    order = list(replays)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(row):
+                replays[name]()
+            torch.cuda.synchronize()
+            taken[name].append(1000 * (time.perf_counter() - began) / row)
+    medians = [(name, statistics.median(own)) for name, own in taken.items()]
+    return sorted(medians, key=lambda pair: pair[1])
+
+
+def race_steps(name: str, table: Mapping[Shape, Algorithm], options: argparse.Namespace) -> None:
+    """A step with torch's products, twice, and with tables."""
+    call, exact = _network(name, torch.device("cuda"), 300, is_tiny=False)
+    tables = {"torch": {}, "as it was": CHOSEN, "now": table, "torch again": {}}
+    graphs: dict[str, Any] = {}
+    with ops.force("triton"):
+        for which, rows in tables.items():
+            with products.trying(rows):
+                call()
+                graphs[which] = cuda_capture()(call)
+    is_heavy = "*" in name or "@" in name
+    replays = {which: replay for which, (replay, _) in graphs.items()}
+    ranked = race(replays, options.rounds // (2 if is_heavy else 1), 1 if is_heavy else 8)
+    first = None
+    for which, (replay, output) in graphs.items():
+        output.fill_(float("nan"))
+        replay()
+        first = output.clone() if first is None else first
+        same = "same bits" if torch.equal(first, output) else "other bits"
+        took, error = dict(ranked)[which], rel_rms(exact, output)
+        print(f"{name}, {which}: {took:.3f} ms, {error:.3e} from fp32, {same}", flush=True)
+    del graphs, replays
+    torch.cuda.empty_cache()
+
+
+def update(table: Mapping[Shape, Algorithm]) -> None:
+    """Write the rows to `sana.kernels.chosen`."""
+    path = Path(chosen.__file__)
+    place = r"MappingProxyType\(.*?\n?\}?\n?\)\n(?=\"\"\"For)"
+    rows = "".join(f"        {_row(*pair)}\n" for pair in sorted(table.items()))
+    made = f"MappingProxyType(\n    {{\n{rows}    }}\n)\n"
+    path.write_text(re.sub(place, made, path.read_text(), flags=re.S))
+
+
+def _row(shape: Shape, algorithm: Algorithm) -> str:
+    return f"Shape{tuple(shape)}: Algorithm{tuple(algorithm)},"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", default=ROWS, help="numbers of image tokens in a call")
+    parser.add_argument("--race", default=RACES, help="networks, as gaps.py has them")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--copies", type=int, default=3, help="inputs and weights in turn")
+    parser.add_argument("--update", action="store_true", help="write the rows into the table")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Plain matrix products in bf16, each by the algorithm of cuBLASLt that a whole step prefers.
+
+cuBLAS guesses an algorithm from the sizes, as if a product were alone on a cool chip. In the steps
+of a large transformer an H100 is held at its power limit, where kernels with other tiles are faster
+by up to a seventh; and those that get no workspace need no counter in it, which torch's products
+clear before each (5 us in a CUDA graph). `benchmarks/products.py` times the algorithms and prints
+the rows of `chosen.CHOSEN`; sums run in the same order in all of them, so results are torch's.
+
+Where the table has no row that is near, or the library no such algorithm, a product is torch's.
+cuBLASLt is the library that torch has loaded, called through ctypes, since torch lets nobody name
+an algorithm. Start reading at `product`.
+
+Shape letters: M rows, K values of a row, N values of a result; weight (N, K) as `nn.Linear` has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sana.kernels import ops
+from sana.kernels.chosen import CHOSEN, Algorithm, Shape
+
+NEAR = 1.3
+"""A row of the table also serves products with so many times its rows, or as much fewer."""
+MOST = 24
+"""Algorithms that cuBLASLt is asked for."""
+ALIGNED = 256
+"""Bytes that all addresses are multiples of, as its algorithms expect."""
+
+# Of cublasLt.h: kinds of numbers, of an epilogue, and attributes of a product.
+FP32, BF16, IN_FP32, BIAS = 0, 14, 68, 4
+SET_TRANSPOSED, SET_EPILOGUE, SET_BIAS, SET_BIAS_TYPE = 3, 7, 8, 26
+PARTS = {"tile": 1, "custom": 5, "stages": 6, "cluster": 8}
+"""What sets one algorithm of a family apart, with its attribute; a cluster's has 16 bits."""
+
+
+class Found(ctypes.Structure):
+    """`cublasLtMatmulHeuristicResult_t`."""
+
+    _fields_ = (
+        ("algorithm", c_uint64 * 8),
+        ("workspace", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+class Plan:
+    """How products of one shape are done, by one thread on one device."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        owner = library()
+        assert owner is not None
+        self.library, self.handle = owner, _handle(owner)
+        self.algorithm = (c_uint64 * 8)()
+        self.description, self.layouts = c_void_p(), tuple(c_void_p() for _ in range(3))
+        M, N, K, has_bias = shape
+        kinds = (c_int(IN_FP32), c_int(FP32))
+        self._ask("cublasLtMatmulDescCreate", byref(self.description), *kinds)
+        self._set(SET_TRANSPOSED, c_int32(1))
+        if has_bias:
+            self._set(SET_EPILOGUE, c_int32(BIAS))
+            self._set(SET_BIAS_TYPE, c_int32(BF16))
+            self._set(SET_BIAS, c_void_p(ALIGNED))  # its alignment counts until there is a bias
+        # With columns first the weight is (K, N), transposed, the rows (K, M), the result (N, M).
+        for layout, (high, wide) in zip(self.layouts, ((K, N), (K, M), (N, M)), strict=True):
+            sides = (c_uint64(high), c_uint64(wide), c_int64(high))
+            self._ask("cublasLtMatrixLayoutCreate", byref(layout), c_int(BF16), *sides)
+
+    def guesses(self) -> dict[Algorithm, ctypes.Array[c_uint64]]:
+        """What cuBLASLt has for it that needs no workspace, by its own estimate."""
+        wishes, count, results = c_void_p(), c_int(0), (Found * MOST)()
+        self._ask("cublasLtMatmulPreferenceCreate", byref(wishes))
+        self._ask(
+            "cublasLtMatmulAlgoGetHeuristic", self.handle, self.description,
+            *self._all(), wishes, c_int(MOST), results, byref(count),
+        )  # fmt: skip
+        self._ask("cublasLtMatmulPreferenceDestroy", wishes)
+        good = [found.algorithm for found in results[: count.value] if not found.state]
+        return {self._named(algorithm): algorithm for algorithm in good}
+
+    def choose(self, wanted: Algorithm) -> bool:
+        """Whether there is such an algorithm, without a workspace; then `run` uses it."""
+        if (guessed := self.guesses().get(wanted)) is not None:
+            self.algorithm = guessed
+            return True
+        kinds = (c_int(kind) for kind in (IN_FP32, FP32, *[BF16] * 4))
+        code = self.library.cublasLtMatmulAlgoInit(
+            self.handle, *kinds, c_int(wanted.family), byref(self.algorithm)
+        )
+        for name, attribute in PARTS.items():
+            size = c_size_t(_size(name))
+            value = c_uint64(getattr(wanted, name))
+            code = code or self.library.cublasLtMatmulAlgoConfigSetAttribute(
+                byref(self.algorithm), c_int(attribute), byref(value), size
+            )
+        found = Found()
+        code = code or self.library.cublasLtMatmulAlgoCheck(
+            self.handle, self.description, *self._all(), byref(self.algorithm), byref(found)
+        )
+        return not code and not found.state and not found.workspace
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Writes x (M, K) times weight (N, K) transposed, plus bias (N,), into out (M, N)."""
+        if bias is not None:
+            self._set(SET_BIAS, c_void_p(bias.data_ptr()))
+        a, b, d = self.layouts
+        result = c_void_p(out.data_ptr())
+        stream = c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+        self._ask(
+            "cublasLtMatmul", self.handle, self.description, byref(c_float(1)),
+            c_void_p(weight.data_ptr()), a, c_void_p(x.data_ptr()), b, byref(c_float(0)),
+            result, d, result, d, byref(self.algorithm), None, c_size_t(0), stream,
+        )  # fmt: skip
+
+    def _all(self) -> tuple[c_void_p, ...]:
+        """The layouts of both factors, of what is added, which is nothing, and of the result."""
+        a, b, d = self.layouts
+        return a, b, d, d
+
+    def _named(self, algorithm: ctypes.Array[c_uint64]) -> Algorithm:
+        parts = []
+        for name, attribute in (("family", 0), *PARTS.items()):
+            value, written = c_uint64(0), c_size_t(0)
+            self._ask(
+                "cublasLtMatmulAlgoConfigGetAttribute", byref(algorithm), c_int(attribute),
+                byref(value), c_size_t(_size(name)), byref(written),
+            )  # fmt: skip
+            parts.append(value.value)
+        return Algorithm(*parts)
+
+    def _set(self, attribute: int, value: c_int32 | c_void_p) -> None:
+        size = c_size_t(ctypes.sizeof(value))
+        call = "cublasLtMatmulDescSetAttribute"
+        self._ask(call, self.description, c_int(attribute), byref(value), size)
+
+    def _ask(self, name: str, *arguments: object) -> None:
+        code = getattr(self.library, name)(*arguments)
+        if code:
+            raise RuntimeError(f"{name} for a product {tuple(self.shape)}: cuBLASLt's error {code}")
+
+
+@dataclass
+class _Local(threading.local):
+    """What one thread made, by device."""
+
+    handles: dict[int, c_void_p] = field(default_factory=dict)
+    plans: dict[tuple[int, Shape, Algorithm], Plan | None] = field(default_factory=dict)
+
+
+@dataclass
+class _State:
+    """Changed by `trying` and `watching` alone."""
+
+    table: Mapping[Shape, Algorithm]
+    seen: set[Shape] | None = None
+
+
+_local = _Local()
+_state = _State(CHOSEN)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x (..., K) times weight (N, K) transposed, plus bias (N,); None where torch is to do it."""
+    plan = _plan(x, weight, bias)
+    if plan is None:
+        return None
+    out = x.new_empty((*x.shape[:-1], len(weight)))
+    plan.run(x, weight, bias, out)
+    return out
+
+
+def into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+    """The same, written into `out`, contiguous; False where torch is to do it."""
+    fits = out.dtype == x.dtype and out.data_ptr() % ALIGNED == 0
+    plan = _plan(x, weight, bias) if fits else None
+    if plan is not None:
+        plan.run(x, weight, bias, out)
+    return plan is not None
+
+
+@contextlib.contextmanager
+def trying(table: Mapping[Shape, Algorithm]) -> Iterator[None]:
+    """Inside, this table is used; graphs keep what they saw."""
+    before, _state.table = _state.table, table
+    try:
+        yield
+    finally:
+        _state.table = before
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[set[Shape]]:
+    """The shapes of the products inside that an algorithm could be chosen for."""
+    _state.seen = set()
+    try:
+        yield _state.seen
+    finally:
+        _state.seen = None
+
+
+def nearest(table: Mapping[Shape, Algorithm], shape: Shape) -> Algorithm | None:
+    """That of the same weight's product whose number of rows is nearest, and `NEAR`."""
+    alike = [known for known in table if known[1:] == shape[1:]]
+    known = min(alike, key=lambda known: _apart(known, shape), default=None)
+    near = known is not None and _apart(known, shape) <= math.log(NEAR)
+    return table[known] if known is not None and near else None
+
+
+def _apart(first: Shape, second: Shape) -> float:
+    return abs(math.log(first.rows / second.rows))
+
+
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
+    if not x.is_cuda or torch.compiler.is_compiling() or not ops.allows("chosen_products"):
+        return None
+    parts = (x, weight) if bias is None else (x, weight, bias)
+    if any(part.dtype != torch.bfloat16 or part.data_ptr() % ALIGNED for part in parts):
+        return None
+    if not all(part.is_contiguous() for part in parts) or not x.numel():
+        return None
+    if not ops.is_inference(*parts) or not ops.uses_triton(x):
+        return None
+    rows, (results, values) = math.prod(x.shape[:-1]), weight.shape
+    shape = Shape(rows, results, values, bias is not None)
+    if _state.seen is not None:
+        _state.seen.add(shape)
+    wanted = nearest(_state.table, shape)
+    return None if wanted is None else _made(shape, wanted, x.get_device())
+
+
+def _made(shape: Shape, wanted: Algorithm, device: int) -> Plan | None:
+    key = (device, shape, wanted)
+    if key not in _local.plans:
+        plan = None
+        if library() is not None and torch.cuda.get_device_capability(device) == (9, 0):
+            with torch.cuda.device(device):
+                plan = Plan(shape)
+                plan = plan if plan.choose(wanted) else None
+        _local.plans[key] = plan
+    return _local.plans[key]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """cuBLASLt as torch has loaded it; None where it has not."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    try:
+        return ctypes.CDLL(f"libcublasLt.so.{major}")
+    except OSError:
+        return None
+
+
+def _handle(owner: ctypes.CDLL) -> c_void_p:
+    """Of this thread, for the current device."""
+    device = torch.cuda.current_device()
+    if device not in _local.handles:
+        handle = c_void_p()
+        if code := owner.cublasLtCreate(byref(handle)):
+            raise RuntimeError(f"cublasLtCreate: cuBLASLt's error {code}")
+        _local.handles[device] = handle
+    return _local.handles[device]
+
+
+def _size(part: str) -> int:
+    return 2 if part == "cluster" else 4

@@ -1,0 +1,223 @@
+"""Products by chosen algorithms: what cuBLASLt is asked for, and when it is asked at all.
+
+The library is played by one in Python, which multiplies what it finds at the addresses that it is
+given by the layouts that it was told, columns first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from numerics import assert_detects, assert_matches
+from sana.kernels import ops, products
+from sana.kernels.chosen import CHOSEN, Algorithm, Shape
+from sana.models.rounding import Product
+
+GOOD, OTHER, WIDE = (Algorithm(66, tile, 3, 35, 5) for tile in (20, 24, 99))
+
+
+class Library:
+    """cuBLASLt, as far as `products` uses it, on the CPU; `WIDE` needs a workspace."""
+
+    def __init__(self) -> None:
+        self.made: list[dict[str, Any]] = []
+        self.used: list[tuple[int, ...]] = []
+
+    def _new(self, place: Any, **facts: Any) -> int:
+        self.made.append(facts)
+        place._obj.value = len(self.made)
+        return 0
+
+    def cublasLtMatmulDescCreate(self, place: Any, compute: Any, scale: Any) -> int:  # noqa: N802
+        assert (compute.value, scale.value) == (68, 0)
+        return self._new(place, set={})
+
+    def cublasLtMatmulDescSetAttribute(  # noqa: N802
+        self, which: Any, attribute: Any, value: Any, size: Any
+    ) -> int:
+        assert size.value == ctypes.sizeof(value._obj)
+        self.made[which.value - 1]["set"][attribute.value] = value._obj.value
+        return 0
+
+    def cublasLtMatrixLayoutCreate(  # noqa: N802
+        self, place: Any, kind: Any, rows: Any, columns: Any, apart: Any
+    ) -> int:
+        assert kind.value == 14
+        return self._new(place, sides=(rows.value, columns.value, apart.value))
+
+    def cublasLtMatmulPreferenceCreate(self, place: Any) -> int:  # noqa: N802
+        return self._new(place)
+
+    def cublasLtMatmulPreferenceDestroy(self, _: Any) -> int:  # noqa: N802
+        return 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, *given: Any) -> int:  # noqa: N802
+        results, count = given[8], given[9]._obj
+        results[0].algorithm[:5] = GOOD
+        results[1].algorithm[:5] = OTHER
+        results[1].state = 7
+        count.value = 2
+        return 0
+
+    def cublasLtMatmulAlgoConfigGetAttribute(  # noqa: N802
+        self, algorithm: Any, attribute: Any, value: Any, size: Any, _: Any
+    ) -> int:
+        place = (0, 1, 5, 6, 8).index(attribute.value)
+        assert size.value == (2 if attribute.value == 8 else 4)
+        value._obj.value = algorithm._obj[place]
+        return 0
+
+    def cublasLtMatmulAlgoInit(self, *given: Any) -> int:  # noqa: N802
+        given[8]._obj[0] = given[7].value
+        return 0 if given[7].value == GOOD.family else 15
+
+    def cublasLtMatmulAlgoConfigSetAttribute(  # noqa: N802
+        self, algorithm: Any, attribute: Any, value: Any, _: Any
+    ) -> int:
+        algorithm._obj[(0, 1, 5, 6, 8).index(attribute.value)] = value._obj.value
+        return 0
+
+    def cublasLtMatmulAlgoCheck(self, *given: Any) -> int:  # noqa: N802
+        algorithm, found = given[6]._obj, given[7]._obj
+        found.workspace = 1024 if algorithm[1] == WIDE.tile else 0
+        return 0
+
+    def cublasLtMatmul(self, *given: Any) -> int:  # noqa: N802
+        _, which, alpha, a, a_layout, b, b_layout, beta, c, c_layout, d, d_layout = given[:12]
+        algorithm, workspace, size, stream = given[12:]
+        assert (alpha._obj.value, beta._obj.value, size.value) == (1, 0, 0)
+        assert workspace is None and stream.value == 77
+        assert (c.value, c_layout.value) == (d.value, d_layout.value)
+        own = self.made[which.value - 1]["set"]
+        assert own[3] == 1
+        first, second, result = (
+            self._at(place, layout)
+            for place, layout in ((a, a_layout), (b, b_layout), (d, d_layout))
+        )
+        product = first.float().mT @ second.float()
+        if own.get(7) == 4:
+            assert own[26] == 14
+            product += bf16_at(own[8], len(product))[:, None].float()
+        result.copy_(product)
+        self.used.append(tuple(algorithm._obj[:5]))
+        return 0
+
+    def _at(self, place: Any, layout: Any) -> Tensor:
+        rows, columns, apart = self.made[layout.value - 1]["sides"]
+        return bf16_at(place.value, columns * apart).view(columns, apart)[:, :rows].T
+
+
+def bf16_at(address: int, count: int) -> Tensor:
+    memory = (ctypes.c_int16 * count).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    played = Library()
+    monkeypatch.setattr(products, "library", lambda: played)
+    monkeypatch.setattr(products, "_handle", lambda owner: ctypes.c_void_p(5))
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    yield played
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("wanted", [GOOD, OTHER])
+def test_a_product_is_what_torch_gives(library: Library, has_bias: bool, wanted: Algorithm) -> None:
+    x, weight = draw(5, 7, seed=1), draw(3, 7, seed=2)
+    bias = draw(3, seed=3) if has_bias else None
+    exact = F.linear(x.double(), weight.double(), bias if bias is None else bias.double())
+    plan = products.Plan(Shape(5, 3, 7, has_bias))
+    assert plan.choose(wanted)
+
+    def check(weight: Tensor) -> None:
+        out = torch.full((5, 3), float("nan"), dtype=torch.bfloat16)
+        plan.run(x, weight, bias, out)
+        assert_matches(exact.bfloat16(), out, 1e-3)  # floor 0
+
+    check(weight)
+    assert_detects(check, weight.roll(1, dims=0))
+    assert library.used[0] == wanted, "the guess, or one that is made of its parts"
+
+
+def test_an_algorithm_that_is_not_there_is_left_to_torch(library: Library) -> None:
+    plan = products.Plan(Shape(5, 3, 7, False))
+    assert list(plan.guesses()) == [GOOD], "one has failed"
+    assert not plan.choose(WIDE), "needs a workspace"
+    assert not plan.choose(GOOD._replace(family=1)), "an unknown family"
+
+
+def test_an_error_of_the_library_says_what_failed(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = products.Plan(Shape(5, 3, 7, False))
+    monkeypatch.setattr(library, "cublasLtMatmul", lambda *_: 13, raising=False)
+    x = draw(5, 7, seed=1)
+    with pytest.raises(RuntimeError, match=r"cublasLtMatmul for a product \(5, 3, 7, False\).*13"):
+        plan.run(x, draw(3, 7, seed=2), None, x)
+
+
+def test_a_row_serves_what_is_near() -> None:
+    table = {
+        Shape(1000, 3, 7, True): GOOD,
+        Shape(2000, 3, 7, True): OTHER,
+        Shape(2000, 3, 7, False): WIDE,
+    }
+    cases = {900: GOOD, 1000: GOOD, 1290: GOOD, 1700: OTHER, 2500: OTHER, 1450: None, 2700: None}
+    for rows, expected in cases.items():
+        assert products.nearest(table, Shape(rows, 3, 7, True)) == expected, rows
+    assert products.nearest(table, Shape(1000, 3, 8, True)) is None
+    assert products.nearest({}, Shape(1000, 3, 7, True)) is None
+
+
+def test_the_table_is_of_the_official_widths() -> None:
+    for shape, algorithm in CHOSEN.items():
+        assert {shape.results, shape.values} & {1152, 2240}, shape
+        assert algorithm.family and algorithm.stages
+
+
+def test_on_a_cpu_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(products, "_made", refuse)
+    layer = Product(7, 3).bfloat16()
+    x = draw(2, 5, 7, seed=1)
+    with torch.no_grad(), ops.trying("chosen_products"), products.watching() as seen:
+        expected = F.linear(x, layer.weight, layer.bias)
+        assert torch.equal(layer(x), expected)
+        out = torch.empty_like(expected)
+        layer.into(x, out)
+        assert_matches(expected, out, 3e-3)
+    assert not seen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_products_on_a_gpu_are_torchs() -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    for shape in CHOSEN:
+        if shape.rows > 4096 or torch.cuda.get_device_capability() != (9, 0):
+            continue
+        draw = [
+            torch.randn(sides, generator=generator, device="cuda").bfloat16()
+            for sides in ((shape.rows, shape.values), (shape.results, shape.values))
+        ]
+        bias = draw[1][:, 0].contiguous() if shape.has_bias else None
+        with torch.no_grad(), ops.trying("chosen_products"):
+            got = products.product(*draw, bias)
+        assert got is not None
+        assert_matches(F.linear(*draw, bias), got, 1e-4)  # floor 0: sums in the same order
