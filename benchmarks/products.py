@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from benchmarks.errors import rel_rms  # noqa: E402
 from benchmarks.gaps import _network  # noqa: E402
@@ -37,7 +38,7 @@ from sana.pipelines.graphs import cuda_capture  # noqa: E402
 from sana.presets import preset  # noqa: E402
 
 MODELS = ("sana-1600m-1024", "sana-600m-1024")
-ROWS = "1024,2048,4096,8192,16384,32768"
+ROWS, FP8_ROWS = "1024,2048,4096,8192,16384,32768", "1024,2048,16384,32768"
 RACES = (
     "sana-1600m-1024,sana-600m-1024,sana-sprint-1600m-1024,sana-sprint-600m-1024,"
     "sana-1600m-1024*32,sana-600m-1024*32"
@@ -59,8 +60,10 @@ def main() -> int:
         return 1
     began = time.monotonic()
     with torch.inference_mode(), ops.trying("chosen_products"):
-        rows = [int(word) for word in options.rows.split(",") if word]
-        found = search(shapes(rows) + (decoder_shapes() if rows else []), options)
+        rows, narrow = (_numbers(words) for words in (options.rows, options.fp8_rows))
+        wanted = [shape for model in MODELS for shape in shapes(model, rows)]
+        wanted += shapes(MODELS[0], narrow, in_fp8=True)
+        found = search(wanted + (decoder_shapes() if rows else []), options)
         print(*(_row(*pair) for pair in found.items()), sep="\n", flush=True)
         if options.update:
             update({**CHOSEN, **found})
@@ -70,16 +73,13 @@ def main() -> int:
     return 0
 
 
-def shapes(counts: list[int]) -> list[Shape]:
-    """The products of image tokens in both official widths."""
-    made = []
-    for name in MODELS:
-        config = preset(name).config.dit
-        width, hidden = config.width, config.mlp_width
-        sides = [(3 * width, width, False), (width, width, True)]
-        sides += [(2 * hidden, width, True), (width, hidden, False)]
-        made += [Shape(count, *side) for count in counts for side in sides]
-    return made
+def shapes(model: str, counts: list[int], *, in_fp8: bool = False) -> list[Shape]:
+    """The products of so many image tokens."""
+    config = preset(model).config.dit
+    width, hidden = config.width, config.mlp_width
+    sides = [(3 * width, width, False), (width, width, True)]
+    sides += [(2 * hidden, width, True), (width, hidden, False)]
+    return [Shape(count, *side, in_fp8=in_fp8) for count in counts for side in sides]
 
 
 def decoder_shapes(pixels: int = 1024) -> list[Shape]:
@@ -97,76 +97,106 @@ def decoder_shapes(pixels: int = 1024) -> list[Shape]:
 def search(wanted: list[Shape], options: argparse.Namespace) -> dict[Shape, Algorithm]:
     """The fastest for each shape, where that is faster than torch."""
     guesses = {shape: list(products.Plan(shape).guesses()) for shape in wanted}
-    pool = list(dict.fromkeys(one for own in guesses.values() for one in own))
-    print(f"{len(wanted)} shapes, {len(pool)} algorithms", flush=True)
+    pools: dict[bool, dict[Algorithm, None]] = {False: {}, True: {}}
+    for shape in wanted:
+        pools[shape.in_fp8].update(dict.fromkeys(guesses[shape]))
+    counts = [len(pool) for pool in pools.values()]
+    print(f"{len(wanted)} shapes; {counts} algorithms in bf16 and fp8", flush=True)
     found = {}
     for shape in wanted:
-        ranked = fastest(shape, guesses[shape], pool, options)
+        ranked = fastest(shape, guesses[shape], pools[shape.in_fp8], options)
         times = dict(ranked)
         best, took = next((pair for pair in ranked if pair[0] is not None), (None, 0.0))
         if best is None:
             print(f"{tuple(shape)}: no algorithm but torch's, {times[None]:.1f} us", flush=True)
             continue
-        torch_took, guess_took = times[None], times.get((guesses[shape] or [None])[0])
+        guess_took = times.get((guesses[shape] or [None])[0])
         first = "" if guess_took is None else f", first guess {guess_took:.1f}"
+        speed = 2e-6 * shape.rows * shape.results * shape.values / took
         print(
-            f"{tuple(shape)}: torch {torch_took:.1f} us{first}, best {took:.1f} {tuple(best)}, "
-            f"{2e-6 * shape.rows * shape.results * shape.values / took:.0f} TFLOP/s",
+            f"{tuple(shape)}: torch {times[None]:.1f} us{first}, best {took:.1f} {tuple(best)}, "
+            f"{speed:.0f} TFLOP/s",
             flush=True,
         )
-        if took <= GAIN * torch_took:
+        if took <= GAIN * times[None]:
             found[shape] = best
     return found
 
 
-def fastest(
-    shape: Shape, guesses: list[Algorithm], pool: list[Algorithm], options: argparse.Namespace
-) -> list[tuple[Algorithm | None, float]]:
-    """Microseconds of torch (None) and of the best, the fastest first."""
-    rows, results, values, has_bias = shape
-    draw = [
-        [torch.randn(*sides, device="cuda").bfloat16() for _ in range(options.copies)]
-        for sides in ((rows, values), (results, values))
-    ]
-    bias = torch.randn(results, device="cuda").bfloat16() if has_bias else None
-    out = torch.empty(rows, results, device="cuda", dtype=torch.bfloat16)
-    times = max(2, round(2e-3 / (2 * rows * results * values / 7e14)))
+class Trial:
+    """One shape: inputs that are used in turn, and its product by torch or by a plan."""
 
-    def captured(call: Callable[..., None]) -> Replay:
+    def __init__(self, shape: Shape, copies: int) -> None:
+        rows, results, values, has_bias, self.in_fp8 = shape
+        dtype = torch.float8_e4m3fn if self.in_fp8 else torch.bfloat16
+
+        def draw(*sides: int) -> Tensor:
+            return torch.randn(*sides, device="cuda")
+
+        self.xs = [draw(rows, values).to(dtype) for _ in range(copies)]
+        self.weights = [draw(results, values).to(dtype) for _ in range(copies)]
+        self.bias = draw(results).bfloat16() if has_bias else None
+        self.out = draw(rows, results).bfloat16()
+        scales = (draw(1, results).abs(), draw(rows, 1).abs())
+        self.scales = scales if self.in_fp8 else ()
+        self.times = max(2, round(2e-3 / (2 * rows * results * values / 7e14)))
+        """In a graph, for some milliseconds."""
+
+    def once(self, plan: products.Plan | None, turn: int = 0) -> None:
+        """By the plan, or by torch."""
+        x, weight = (own[turn % len(own)] for own in (self.xs, self.weights))
+        if plan is not None:
+            plan.run(x, weight, self.bias, self.out, self.scales)
+        elif self.in_fp8:
+            torch._scaled_mm(
+                x, weight.t(), scale_a=self.scales[1], scale_b=self.scales[0], bias=self.bias,
+                out_dtype=self.out.dtype, use_fast_accum=True, out=self.out,
+            )  # fmt: skip
+        elif self.bias is None:
+            torch.mm(x, weight.mT, out=self.out)
+        else:
+            torch.addmm(self.bias, x, weight.mT, out=self.out)
+
+    def captured(self, plan: products.Plan | None) -> Replay:
+        """A graph of several."""
+
         def several() -> None:
-            for turn in range(times):
-                call(*(own[turn % len(own)] for own in draw))
+            for turn in range(self.times):
+                self.once(plan, turn)
 
         several()
         return cuda_capture()(several)[0]
 
-    def plain(x: Any, weight: Any) -> None:
-        if bias is None:
-            torch.mm(x, weight.mT, out=out)
-        else:
-            torch.addmm(bias, x, weight.mT, out=out)
 
-    known: dict[Algorithm | None, Replay] = {None: captured(plain)}
-    plain(draw[0][0], draw[1][0])
-    expected = out.clone()
+def fastest(
+    shape: Shape,
+    guesses: list[Algorithm],
+    pool: Iterable[Algorithm],
+    options: argparse.Namespace,
+) -> list[tuple[Algorithm | None, float]]:
+    """Microseconds of torch (None) and of the best, the fastest first."""
+    trial = Trial(shape, options.copies)
+    known: dict[Algorithm | None, Replay] = {None: trial.captured(None)}
+    trial.once(None)
+    expected = trial.out.clone()
     for one in dict.fromkeys([*guesses, *pool]):
         plan = products.Plan(shape)
         if not plan.choose(one):
             continue
-        out.fill_(float("nan"))
-        plan.run(draw[0][0], draw[1][0], bias, out)
-        error = rel_rms(expected, out)
+        trial.out.fill_(float("nan"))
+        trial.once(plan)
+        error = rel_rms(expected, trial.out)
         if not error < BOUND:  # so that NaN fails too
             print(f"  {tuple(one)}: {error:.1e} off torch's: left out", flush=True)
             continue
-        if not torch.equal(expected, out):
+        if not torch.equal(expected, trial.out):
             print(f"  {tuple(one)}: other bits, {error:.1e}", flush=True)
-        known[one] = captured(lambda x, w, plan=plan: plan.run(x, w, bias, out))
+        known[one] = trial.captured(plan)
     ranked = race(known, 3)
     kept = [one for one, _ in ranked[:BEST]]
     kept += [one for one in (None, *guesses[:1]) if one in known and one not in kept]
     ranked = race({one: known[one] for one in kept}, options.rounds)
-    return [(one, 1000 * took / times) for one, took in ranked]
+    return [(one, 1000 * took / trial.times) for one, took in ranked]
 
 
 def race(replays: Mapping[Any, Replay], rounds: int, row: int = 1) -> list[tuple[Any, float]]:
@@ -214,19 +244,25 @@ def race_steps(name: str, table: Mapping[Shape, Algorithm], options: argparse.Na
 def update(table: Mapping[Shape, Algorithm]) -> None:
     """Write the rows to `sana.kernels.chosen`."""
     path = Path(chosen.__file__)
-    place = r"MappingProxyType\(.*?\n?\}?\n?\)\n(?=\"\"\"For)"
+    place = r"MappingProxyType\(.*?\n?\}?\n?\)\n(?=\"\"\"On GPUs)"
     rows = "".join(f"        {_row(*pair)}\n" for pair in sorted(table.items()))
     made = f"MappingProxyType(\n    {{\n{rows}    }}\n)\n"
     path.write_text(re.sub(place, made, path.read_text(), flags=re.S))
 
 
+def _numbers(words: str) -> list[int]:
+    return [int(word) for word in words.split(",") if word]
+
+
 def _row(shape: Shape, algorithm: Algorithm) -> str:
-    return f"Shape{tuple(shape)}: Algorithm{tuple(algorithm)},"
+    parts = shape if shape.in_fp8 else shape[:-1]
+    return f"Shape{tuple(parts)}: Algorithm{tuple(algorithm)},"
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", default=ROWS, help="numbers of image tokens in a call")
+    parser.add_argument("--fp8-rows", default=FP8_ROWS, help="the same, in fp8, of 1.6B")
     parser.add_argument("--race", default=RACES, help="networks, as gaps.py has them")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--copies", type=int, default=3, help="inputs and weights in turn")

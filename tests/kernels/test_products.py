@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from numerics import assert_detects, assert_matches
-from sana.kernels import ops, products
+from sana.kernels import ops, products, reference
 from sana.kernels.chosen import CHOSEN, Algorithm, Shape
-from sana.models.rounding import Product
+from sana.models.rounding import Product, scaled_weight
 
 GOOD, OTHER, WIDE = (Algorithm(66, tile, 3, 35, 5) for tile in (20, 24, 99))
 
@@ -50,8 +50,9 @@ class Library:
     def cublasLtMatrixLayoutCreate(  # noqa: N802
         self, place: Any, kind: Any, rows: Any, columns: Any, apart: Any
     ) -> int:
-        assert kind.value == 14
-        return self._new(place, sides=(rows.value, columns.value, apart.value))
+        assert kind.value in (14, 28)
+        sides = (rows.value, columns.value, apart.value)
+        return self._new(place, sides=sides, in_fp8=kind.value == 28)
 
     def cublasLtMatmulPreferenceCreate(self, place: Any) -> int:  # noqa: N802
         return self._new(place)
@@ -103,6 +104,10 @@ class Library:
             for place, layout in ((a, a_layout), (b, b_layout), (d, d_layout))
         )
         product = first.float().mT @ second.float()
+        if own.get(25):
+            assert (own[31], own[32]) == (3, 3)
+            scales = [fp32_at(own[17], len(product)), fp32_at(own[18], product.shape[1])]
+            product *= scales[0][:, None] * scales[1]
         if own.get(7) == 4:
             assert own[26] == 14
             product += bf16_at(own[8], len(product))[:, None].float()
@@ -111,8 +116,20 @@ class Library:
         return 0
 
     def _at(self, place: Any, layout: Any) -> Tensor:
-        rows, columns, apart = self.made[layout.value - 1]["sides"]
-        return bf16_at(place.value, columns * apart).view(columns, apart)[:, :rows].T
+        facts = self.made[layout.value - 1]
+        rows, columns, apart = facts["sides"]
+        at = fp8_at if facts["in_fp8"] else bf16_at
+        return at(place.value, columns * apart).view(columns, apart)[:, :rows].T
+
+
+def fp32_at(address: int, count: int) -> Tensor:
+    memory = (ctypes.c_int32 * count).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def fp8_at(address: int, count: int) -> Tensor:
+    memory = (ctypes.c_int8 * count).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float8_e4m3fn)
 
 
 def bf16_at(address: int, count: int) -> Tensor:
@@ -154,6 +171,24 @@ def test_a_product_is_what_torch_gives(library: Library, has_bias: bool, wanted:
     assert library.used[0] == wanted, "the guess, or one that is made of its parts"
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_in_fp8_is_scaled_by_rows_of_both(library: Library, has_bias: bool) -> None:
+    x, weight = reference.scaled_rows(draw(5, 7, seed=1)), draw(3, 7, seed=2)
+    bias = draw(3, seed=3) if has_bias else None
+    values, scale = scaled_weight(weight)
+    exact = reference.scaled_product(x, values, scale, bias, torch.bfloat16)
+    plan = products.Plan(Shape(5, 3, 7, has_bias, in_fp8=True))
+    assert plan.choose(OTHER)
+
+    def check(scale: Tensor) -> None:
+        out = torch.full((5, 3), float("nan"), dtype=torch.bfloat16)
+        plan.run(x.values, values, bias, out, (scale, x.scale))
+        assert_matches(exact, out, 2e-3)  # floor 0 to 8e-4
+
+    check(scale)
+    assert_detects(check, scale.roll(1, dims=1))
+
+
 def test_an_algorithm_that_is_not_there_is_left_to_torch(library: Library) -> None:
     plan = products.Plan(Shape(5, 3, 7, False))
     assert list(plan.guesses()) == [GOOD], "one has failed"
@@ -167,7 +202,7 @@ def test_an_error_of_the_library_says_what_failed(
     plan = products.Plan(Shape(5, 3, 7, False))
     monkeypatch.setattr(library, "cublasLtMatmul", lambda *_: 13, raising=False)
     x = draw(5, 7, seed=1)
-    with pytest.raises(RuntimeError, match=r"cublasLtMatmul for a product \(5, 3, 7, False\).*13"):
+    with pytest.raises(RuntimeError, match=r"cublasLtMatmul for a product \(5, 3, 7, .*13"):
         plan.run(x, draw(3, 7, seed=2), None, x)
 
 
@@ -184,9 +219,9 @@ def test_a_row_serves_what_is_near() -> None:
     assert products.nearest({}, Shape(1000, 3, 7, True)) is None
 
 
-def test_the_table_is_of_the_official_widths() -> None:
+def test_the_table_is_of_the_official_networks() -> None:
     for shape, algorithm in CHOSEN.items():
-        assert {shape.results, shape.values} & {1152, 2240}, shape
+        assert {shape.results, shape.values} & {512, 1024, 1152, 2240}, shape
         assert algorithm.family and algorithm.stages
 
 
@@ -210,7 +245,7 @@ def test_on_a_cpu_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_on_a_gpu_are_torchs() -> None:
     generator = torch.Generator("cuda").manual_seed(1)
     for shape in CHOSEN:
-        if shape.rows > 4096 or torch.cuda.get_device_capability() != (9, 0):
+        if shape.in_fp8 or shape.rows > 4096 or torch.cuda.get_device_capability() != (9, 0):
             continue
         draw = [
             torch.randn(sides, generator=generator, device="cuda").bfloat16()

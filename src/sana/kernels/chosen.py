@@ -18,6 +18,7 @@ class Shape(NamedTuple):
     results: int
     values: int
     has_bias: bool
+    in_fp8: bool = False
 
 
 class Algorithm(NamedTuple):
@@ -31,4 +32,4 @@ class Algorithm(NamedTuple):
 
 
 CHOSEN: Mapping[Shape, Algorithm] = MappingProxyType({})
-"""For bf16 on GPUs of capability 9.0."""
+"""On GPUs of capability 9.0."""

@@ -137,18 +137,15 @@ def _rows(p0, p1, p2, p3, m0, m1, m2, m3, is_map, PLACE: tl.constexpr):
 
 @triton.jit
 def _glu_depthwise(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, SEGMENTS,
-    F: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr,
-    BOTH: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, H, W, SEGMENTS, F: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK_F: tl.constexpr, FAST: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Two rows of SEGMENT columns of BLOCK_F channels, by addresses that move on.
+    """Two rows of SEGMENT columns of BLOCK_F channels; values of the next are read meanwhile.
 
-    At input column w, `l` are the sums for the output at w - 1 and `r` those for w, of value v and
-    gate g in rows 0 and 1. Values of the next column are on their way meanwhile; BOTH: gates too.
+    BOTH: gates too. At column w sums `l` are for the output at w - 1, `r` for w, in rows 0 and 1.
     """
     v = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    is_inside = v < F
-    g = v + F
+    is_inside, g = v < F, v + F
     h, start = tl.program_id(1) // SEGMENTS * 2, tl.program_id(1) % SEGMENTS * SEGMENT
     batch = tl.program_id(2).to(tl.int64)
     m0, m1 = v < tl.where(h > 0, F, 0), is_inside

@@ -1,4 +1,4 @@
-"""Plain matrix products in bf16, each by the algorithm of cuBLASLt that a whole step prefers.
+"""Plain matrix products, each by the algorithm of cuBLASLt that a whole step prefers.
 
 cuBLAS guesses an algorithm from the sizes, as if a product were alone on a cool chip. In the steps
 of a large transformer an H100 is held at its power limit, where kernels with other tiles are faster
@@ -10,6 +10,8 @@ Where the table has no row that is near, or the library no such algorithm, a pro
 cuBLASLt is the library that torch has loaded, called through ctypes, since torch lets nobody name
 an algorithm. Start reading at `product`.
 
+Products are of bf16, or of fp8 (e4m3) with a scale for each row of both factors; results are bf16.
+
 Shape letters: M rows, K values of a row, N values of a result; weight (N, K) as `nn.Linear` has it.
 """
 
@@ -20,7 +22,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -37,9 +39,10 @@ MOST = 24
 ALIGNED = 256
 """Bytes that all addresses are multiples of, as its algorithms expect."""
 
-# Of cublasLt.h: kinds of numbers, of an epilogue, and attributes of a product.
-FP32, BF16, IN_FP32, BIAS = 0, 14, 68, 4
+# Of cublasLt.h: kinds of numbers, of an epilogue and of scales, and attributes of a product.
+FP32, BF16, FP8, IN_FP32, BIAS, BY_ROWS = 0, 14, 28, 68, 4, 3
 SET_TRANSPOSED, SET_EPILOGUE, SET_BIAS, SET_BIAS_TYPE = 3, 7, 8, 26
+SET_FAST_SUMS, SET_SCALES, SET_KINDS_OF_SCALES = 25, (17, 18), (31, 32)
 PARTS = {"tile": 1, "custom": 5, "stages": 6, "cluster": 8}
 """What sets one algorithm of a family apart, with its attribute; a cluster's has 16 bits."""
 
@@ -66,29 +69,38 @@ class Plan:
         self.library, self.handle = owner, _handle(owner)
         self.algorithm = (c_uint64 * 8)()
         self.description, self.layouts = c_void_p(), tuple(c_void_p() for _ in range(3))
-        M, N, K, has_bias = shape
+        M, N, K, has_bias, in_fp8 = shape
+        self.factor = FP8 if in_fp8 else BF16
         kinds = (c_int(IN_FP32), c_int(FP32))
         self._ask("cublasLtMatmulDescCreate", byref(self.description), *kinds)
         self._set(SET_TRANSPOSED, c_int32(1))
+        # Of addresses only the alignment counts until there are any.
         if has_bias:
             self._set(SET_EPILOGUE, c_int32(BIAS))
             self._set(SET_BIAS_TYPE, c_int32(BF16))
-            self._set(SET_BIAS, c_void_p(ALIGNED))  # its alignment counts until there is a bias
+            self._set(SET_BIAS, c_void_p(ALIGNED))
+        if in_fp8:
+            self._set(SET_FAST_SUMS, c_int8(1))
+            for attribute, kind in zip(SET_SCALES, SET_KINDS_OF_SCALES, strict=True):
+                self._set(kind, c_int32(BY_ROWS))
+                self._set(attribute, c_void_p(ALIGNED))
         # With columns first the weight is (K, N), transposed, the rows (K, M), the result (N, M).
-        for layout, (high, wide) in zip(self.layouts, ((K, N), (K, M), (N, M)), strict=True):
-            sides = (c_uint64(high), c_uint64(wide), c_int64(high))
-            self._ask("cublasLtMatrixLayoutCreate", byref(layout), c_int(BF16), *sides)
+        sides = ((self.factor, K, N), (self.factor, K, M), (BF16, N, M))
+        for layout, (number, high, wide) in zip(self.layouts, sides, strict=True):
+            size = (c_uint64(high), c_uint64(wide), c_int64(high))
+            self._ask("cublasLtMatrixLayoutCreate", byref(layout), c_int(number), *size)
 
     def guesses(self) -> dict[Algorithm, ctypes.Array[c_uint64]]:
         """What cuBLASLt has for it that needs no workspace, by its own estimate."""
         wishes, count, results = c_void_p(), c_int(0), (Found * MOST)()
         self._ask("cublasLtMatmulPreferenceCreate", byref(wishes))
-        self._ask(
-            "cublasLtMatmulAlgoGetHeuristic", self.handle, self.description,
-            *self._all(), wishes, c_int(MOST), results, byref(count),
+        code = self.library.cublasLtMatmulAlgoGetHeuristic(
+            self.handle, self.description, *self._all(),
+            wishes, c_int(MOST), results, byref(count),
         )  # fmt: skip
         self._ask("cublasLtMatmulPreferenceDestroy", wishes)
-        good = [found.algorithm for found in results[: count.value] if not found.state]
+        number = 0 if code else count.value  # an error says that there is none
+        good = [found.algorithm for found in results[:number] if not found.state]
         return {self._named(algorithm): algorithm for algorithm in good}
 
     def choose(self, wanted: Algorithm) -> bool:
@@ -96,7 +108,8 @@ class Plan:
         if (guessed := self.guesses().get(wanted)) is not None:
             self.algorithm = guessed
             return True
-        kinds = (c_int(kind) for kind in (IN_FP32, FP32, *[BF16] * 4))
+        numbers = (IN_FP32, FP32, self.factor, self.factor, BF16, BF16)
+        kinds = (c_int(number) for number in numbers)
         code = self.library.cublasLtMatmulAlgoInit(
             self.handle, *kinds, c_int(wanted.family), byref(self.algorithm)
         )
@@ -112,10 +125,22 @@ class Plan:
         )
         return not code and not found.state and not found.workspace
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Writes x (M, K) times weight (N, K) transposed, plus bias (N,), into out (M, N)."""
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        scales: tuple[Tensor, ...] = (),
+    ) -> None:
+        """Writes x (M, K) times weight (N, K) transposed, plus bias (N,), into out (M, N).
+
+        In fp8 with the scales of the weight's rows and of x's, fp32.
+        """
         if bias is not None:
             self._set(SET_BIAS, c_void_p(bias.data_ptr()))
+        for attribute, scale in zip(SET_SCALES, scales, strict=False):
+            self._set(attribute, c_void_p(scale.data_ptr()))
         a, b, d = self.layouts
         result = c_void_p(out.data_ptr())
         stream = c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
@@ -141,7 +166,7 @@ class Plan:
             parts.append(value.value)
         return Algorithm(*parts)
 
-    def _set(self, attribute: int, value: c_int32 | c_void_p) -> None:
+    def _set(self, attribute: int, value: c_int8 | c_int32 | c_void_p) -> None:
         size = c_size_t(ctypes.sizeof(value))
         call = "cublasLtMatmulDescSetAttribute"
         self._ask(call, self.description, c_int(attribute), byref(value), size)
@@ -191,6 +216,22 @@ def into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
     return plan is not None
 
 
+def scaled_into(
+    x: Tensor,
+    weight: Tensor,
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+) -> bool:
+    """The same of x (..., K) and weight (N, K) in fp8, with the weight's scales and x's."""
+    fits = out.dtype == torch.bfloat16 and out.data_ptr() % ALIGNED == 0
+    fits = fits and all(s.is_contiguous() and s.data_ptr() % 16 == 0 for s in scales)
+    plan = _plan(x, weight, bias, torch.float8_e4m3fn) if fits else None
+    if plan is not None:
+        plan.run(x, weight, bias, out, scales)
+    return plan is not None
+
+
 @contextlib.contextmanager
 def trying(table: Mapping[Shape, Algorithm]) -> Iterator[None]:
     """Inside, this table is used; graphs keep what they saw."""
@@ -223,18 +264,19 @@ def _apart(first: Shape, second: Shape) -> float:
     return abs(math.log(first.rows / second.rows))
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
+def _plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.bfloat16
+) -> Plan | None:
     if not x.is_cuda or torch.compiler.is_compiling() or not ops.allows("chosen_products"):
         return None
     parts = (x, weight) if bias is None else (x, weight, bias)
-    if any(part.dtype != torch.bfloat16 or part.data_ptr() % ALIGNED for part in parts):
+    fits = x.dtype == weight.dtype == dtype and (bias is None or bias.dtype == torch.bfloat16)
+    if not fits or not x.numel() or not ops.is_inference(*parts) or not ops.uses_triton(x):
         return None
-    if not all(part.is_contiguous() for part in parts) or not x.numel():
-        return None
-    if not ops.is_inference(*parts) or not ops.uses_triton(x):
+    if any(part.data_ptr() % ALIGNED or not part.is_contiguous() for part in parts):
         return None
     rows, (results, values) = math.prod(x.shape[:-1]), weight.shape
-    shape = Shape(rows, results, values, bias is not None)
+    shape = Shape(rows, results, values, bias is not None, dtype.itemsize == 1)
     if _state.seen is not None:
         _state.seen.add(shape)
     wanted = nearest(_state.table, shape)
