@@ -12,9 +12,11 @@ from torch import Tensor
 from numerics import assert_detects, assert_matches
 from sana.config import DiTConfig, RefinerConfig
 from sana.kernels import ops
-from sana.kernels.proven import UNPROVEN
+from sana.kernels.proven import UNPROVEN, Way
+from sana.kernels.reference import FP8
 from sana.models.dit import LinearDiT, Prepared, _exact
-from sana.models.layers import sinusoids
+from sana.models.layers import CrossAttention, sinusoids
+from sana.models.rounding import narrow
 
 PLAIN = DiTConfig(width=32, depth=2, cross_heads=2, text_dim=12, latent_channels=4, head_dim=16)
 NORMED = replace(PLAIN, qk_norm=True)
@@ -366,3 +368,32 @@ def test_a_text_of_one_token_is_the_same_everywhere() -> None:
     assert prepared.lone[0].shape == (1, 1, NORMED.width) and len(prepared.keys_values[0][0]) == 2
     check(prepared.lone)
     assert_detects(check, prepared.lone[::-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's product in fp8 gives bf16 alone")
+def test_in_fp8_the_norm_adds_what_a_lone_text_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a copy of it for all tokens, which is the default; in triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    config = replace(NORMED, clamps=True)
+    network, inputs = build(config, dtype=torch.float32), Inputs(config, grid=(2, 2))
+    inputs.mask[:] = True
+    inputs.mask[:2] = torch.arange(inputs.mask.shape[1]) == 1
+    latent, time, text = (x.float() for x in (inputs.latent, inputs.time, inputs.text))
+    narrow(network, FP8)
+
+    def run(*ways: Way, swaps: bool = False) -> Tensor:
+        with torch.inference_mode(), ops.force("triton"), ops.trying(*ways):
+            prepared = network.prepare(network.embed_text(text, inputs.mask), inputs.mask)
+            assert len(prepared.lone[1]) == 2
+            if swaps:
+                prepared = prepared._replace(lone=tuple(row.flip(0) for row in prepared.lone))
+            return network.denoise(latent, time, prepared, None)
+
+    expected = run()
+
+    def check(swaps: bool) -> None:
+        assert_matches(expected, run("split_rows", swaps=swaps), 1e-6)  # floor 0
+
+    monkeypatch.setattr(CrossAttention, "_beside", None)
+    check(False)
+    assert_detects(check, True)

@@ -135,7 +135,7 @@ def residual_norm(
     (B or 1, C), to be summed. `limit` clips the branch; 0 does not.
     """
     x = x.contiguous()
-    total, normed = _asked(x, branch is not None), _asked(x, bool(scale))
+    total, normed = asked(x, branch is not None), asked(x, bool(scale))
     _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, normed, None))
     return total, normed
 
@@ -144,7 +144,7 @@ def residual_norm(
 def _(
     x: Tensor, branch: Tensor | None, _gate: Any, _shift: Any, scale: list[Tensor], *_: float
 ) -> tuple[Tensor, Tensor]:
-    return _asked(x, branch is not None), _asked(x, bool(scale))
+    return asked(x, branch is not None), asked(x, bool(scale))
 
 
 @op("residual_norm_rows")
@@ -162,7 +162,7 @@ def residual_norm_rows(
     They are of the normed, or with an empty `scale` of the total, which is there as it is too.
     """
     x = x.contiguous()
-    total = _asked(x, branch is not None)
+    total = asked(x, branch is not None)
     values, scales = empty_rows(x)
     _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, values, scales))
     return total, values, scales
@@ -170,7 +170,7 @@ def residual_norm_rows(
 
 @residual_norm_rows.register_fake
 def _(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _asked(x, branch is not None), *empty_rows(x)
+    return asked(x, branch is not None), *empty_rows(x)
 
 
 @op("rms_norm")
@@ -213,7 +213,7 @@ def has_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
 
 
-def _asked(x: Tensor, is_asked: bool) -> Tensor:
+def asked(x: Tensor, is_asked: bool) -> Tensor:
     """Memory for a result like x, contiguous; without elements if nobody asks for it."""
     return x.new_empty(x.shape if is_asked else 0)
 

@@ -116,17 +116,16 @@ def modulate(x: Tensor, shift: Row, scale: Row, dtype: torch.dtype | None = None
     """LN(x) (1 + scale) + shift of x (B, N, C); see `reference.modulate`."""
     if trains_norms(x, *shift, *scale):
         return _trained_norm(x, None, (shift, scale))[1]
-    if not _fuses(x, *shift, *scale):
+    if not fuses(x, *shift, *scale):
         return reference.modulate(x, shift.sum(), scale.sum(), dtype=dtype)
     return _fused_norm(x, None, shift, scale)[1]
 
 
 def add_branch(x: Tensor, branch: Branch) -> Tensor:
     """x + gate * clip(value); see `reference.add_branch`."""
-    gate = branch.gate or ()
-    if trains_norms(x, branch.value, *gate):
+    if _trains(x, branch):
         return _trained_norm(x, branch, None)[0]
-    if not _fuses(x, branch.value, *gate):
+    if not fuses(x, *branch.tensors()):
         return reference.add_branch(x, branch)
     return _fused_norm(x, branch)[0]
 
@@ -135,10 +134,9 @@ def add_and_modulate(
     x: Tensor, branch: Branch, shift: Row, scale: Row, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """`add_branch`, and `modulate` of its result, in one pass."""
-    gate = branch.gate or ()
-    if trains_norms(x, branch.value, *gate, *shift, *scale):
+    if _trains(x, branch, *shift, *scale):
         return _trained_norm(x, branch, (shift, scale))
-    if not _fuses(x, branch.value, *gate, *shift, *scale):
+    if not fuses(x, *branch.tensors(), *shift, *scale):
         total = reference.add_branch(x, branch)
         return total, reference.modulate(total, shift.sum(), scale.sum(), dtype=dtype)
     return _fused_norm(x, branch, shift, scale)
@@ -146,36 +144,11 @@ def add_and_modulate(
 
 def add_and_round(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     """`add_branch`, and its result as a product takes it: perhaps in the branch's dtype."""
-    if trains_norms(x, branch.value, *(branch.gate or ())):
+    if _trains(x, branch):
         total, rounded = _trained_norm(x, branch, None, rounds=True)
         return total, rounded if rounded.numel() else total
     total = add_branch(x, branch)
     return total, total
-
-
-def add_and_scale(
-    x: Tensor, branch: Branch | None, modulation: tuple[Row, Row] | None
-) -> tuple[Tensor, Rows]:
-    """x (B, N, C) plus a branch; and the rows in fp8 that a product takes of it.
-
-    They are of `modulate` by (shift, scale), or of the sum itself.
-    """
-    parts = () if branch is None else (branch.value, *(branch.gate or ()))
-    pairs = modulation or ()
-    tensors = (*parts, *(part for pair in pairs for part in pair))
-    if not (allows("scaled_rows") and _fuses(x, *tensors)):
-        total = x if branch is None else add_branch(x, branch)
-        return total, scaled_rows(modulate(total, *modulation) if modulation else total)
-    from sana.kernels import norms
-
-    gate = branch.gate or () if branch is not None else ()
-    limit = branch.limit or 0.0 if branch is not None else 0.0
-    value = branch.value if branch is not None else None
-    shift, scale = ([*pair] for pair in pairs) if pairs else ([], [])
-    total, values, scales = norms.residual_norm_rows(
-        x, value, [*gate], shift, scale, NORM_EPS, limit
-    )
-    return x if branch is None else total, Rows(values, scales)
 
 
 def scaled_rows(x: Tensor) -> Rows:
@@ -216,7 +189,7 @@ def scaled_product(
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension of (B, N, C); see `reference.rms_norm`."""
-    if x.dim() != 3 or not _fuses(x, weight):
+    if x.dim() != 3 or not fuses(x, weight):
         return reference.rms_norm(x, weight, eps=eps)
     from sana.kernels import norms
 
@@ -239,7 +212,7 @@ def rms_norm_(
     """
     others = (weight, bias) if residual is None else (weight, bias, residual)
     dense = own.is_contiguous() and (residual is None or residual.is_contiguous())
-    if not dense or not _fuses(own, *others):
+    if not dense or not fuses(own, *others):
         return False
     from sana.kernels import norms
 
@@ -249,7 +222,7 @@ def rms_norm_(
 
 def bias_act_(own: Tensor, bias: Tensor, activation: Activation) -> bool:
     """own (..., C) = act(own + bias), in place; False as in `rms_norm_`."""
-    if not own.is_contiguous() or not _fuses(own, bias):
+    if not own.is_contiguous() or not fuses(own, bias):
         return False
     from sana.kernels import norms
 
@@ -264,7 +237,7 @@ def add_repeated_(own: Tensor, x: Tensor, bias: Tensor) -> bool:
     (4 c + 2 a + b) I / 4 C. False as in `rms_norm_`.
     """
     dense = own.is_contiguous() and x.is_contiguous() and 4 * own.shape[3] % x.shape[3] == 0
-    if not dense or not _fuses(own, x, bias):
+    if not dense or not fuses(own, x, bias):
         return False
     from sana.kernels import resample
 
@@ -278,7 +251,7 @@ def spread(z: Tensor, x: Tensor, bias: Tensor) -> Tensor | None:
     z (B, H/2 + 1, W/2 + 1, 4 C), x (B, H/2, W/2, I) -> (B, H, W, C), or None without a kernel.
     """
     dense = z.is_contiguous() and x.is_contiguous() and z.shape[3] % x.shape[3] == 0
-    if not dense or not _fuses(z, x, bias):
+    if not dense or not fuses(z, x, bias):
         return None
     from sana.kernels import resample
 
@@ -292,7 +265,7 @@ def aggregate_(wide: Tensor, taps: Tensor, product: Tensor, place: int) -> bool:
     wide (B, H, W, .) contiguous, taps (C, 1, S, S) of a depthwise convolution, product (C, D, 1, 1)
     of one by groups after it. False as in `rms_norm_`.
     """
-    if not _fuses(wide, taps, product) or not wide.is_contiguous():
+    if not fuses(wide, taps, product) or not wide.is_contiguous():
         return False
     from sana.kernels import aggregate
 
@@ -373,6 +346,35 @@ def trains_norms(x: Tensor, *others: Tensor) -> bool:
     return norms_gradient.supports(x, *others)
 
 
+def joins_lone(x: Tensor, lone: Tensor) -> bool:
+    """Whether the norm behind a branch for x (B, N, C) takes a lone text's rows: `Branch.lone`."""
+    return allows("lone_rows") and fuses(x, lone)
+
+
+def fuses(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels of `norms` take this: forward only, one dtype, widths they know."""
+    if not (is_inference(x, *others) and uses_triton(x)):
+        return False
+    from sana.kernels import norms
+
+    return norms.supports(x, *others)
+
+
+def flat(branch: Branch | None) -> tuple[Tensor | None, list[Tensor], list[Tensor], float]:
+    """A branch as kernels take it: value, `lone` as `split_norm` has it, gate and limit."""
+    value, gate, limit, lone = branch or (None, None, None, None)
+    own: list[Tensor] = []
+    if lone is not None:
+        own = [lone.row, lone.before.value, lone.seen]
+        _, gate, limit, _ = lone.before
+    return value, own, [*(gate or ())], limit or 0.0
+
+
+def _trains(x: Tensor, branch: Branch, *rows: Tensor) -> bool:
+    """`trains_norms` with a branch; those kernels know no lone text."""
+    return branch.lone is None and trains_norms(x, *branch.tensors(), *rows)
+
+
 def _trained_norm(
     x: Tensor, branch: Branch | None, modulation: tuple[Row, Row] | None, *, rounds: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -390,31 +392,14 @@ def _fused_norm(
     x: Tensor, branch: Branch | None, shift: Iterable[Tensor] = (), scale: Iterable[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """x with its branch, and its norm with shift and scale, of what is asked for."""
-    value, gate, limit, lone = branch or (None, None, None, None)
-    if lone is not None:
-        _, gate, limit, _ = lone.before
-    parts = ([*(gate or ())], [*shift], [*scale], NORM_EPS, limit or 0.0)
-    if lone is not None or allows("split_norm"):
+    value, own, gate, limit = flat(branch)
+    parts = (gate, [*shift], [*scale], NORM_EPS, limit)
+    if own or allows("split_norm"):
         from sana.kernels import split_norm as split
 
-        own = [] if lone is None else [lone.row, lone.before.value, lone.seen]
         both: tuple[Tensor, Tensor] = split.split_norm(x, value, own, *parts)
         return both
     from sana.kernels import norms
 
     both = norms.residual_norm(x, value, *parts)
     return both
-
-
-def joins_lone(x: Tensor, lone: Tensor) -> bool:
-    """Whether the norm behind a branch for x (B, N, C) takes a lone text's rows: `Branch.lone`."""
-    return allows("lone_rows") and _fuses(x, lone)
-
-
-def _fuses(x: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels of `norms` take this: forward only, one dtype, widths they know."""
-    if not (is_inference(x, *others) and uses_triton(x)):
-        return False
-    from sana.kernels import norms
-
-    return norms.supports(x, *others)

@@ -38,6 +38,7 @@ Way: TypeAlias = Literal[
     "laid_text",
     "split_norm",
     "lone_rows",
+    "split_rows",
     "whole_heads",
     "pixels",
     "chosen_products",
@@ -94,6 +95,8 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         "split_norm": STEPS,
         # The branch of a lone text is a row that the norm behind it adds, and is written nowhere.
         "lone_rows": STEPS,
+        # fp8 alone: both of these, where the norm gives rows in fp8.
+        "split_rows": None,
         # Linear attention with all tokens of a head in one program, where there are heads enough.
         "whole_heads": None,
         # DC-AE: last norm, activation and 3x3 to three channels as one product and a sum.

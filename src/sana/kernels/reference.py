@@ -70,6 +70,13 @@ class Branch(NamedTuple):
             gate = Row(gate.table, gate.time[samples])
         return Branch(self.value[samples], gate, self.limit)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it is made of."""
+        own = (self.value, *(self.gate or ()))
+        if self.lone is None:
+            return own
+        return (*own, self.lone.row, self.lone.seen, *self.lone.before.tensors())
+
 
 class Lone(NamedTuple):
     """What the first L of B samples, whose text is one token, get instead of a value."""

@@ -29,24 +29,42 @@ def _larger(x, y):
 
 
 @triton.jit
-def as_rows(x, AXIS: tl.constexpr, NATIVE: tl.constexpr):
-    """x (BLOCK,) or, with AXIS 1, (ROWS, BLOCK) in fp32 -> what fp8 holds of it, and its scales.
+def _largest(x, AXIS: tl.constexpr):
+    return _larger(tl.reduce(tl.abs(x), AXIS, _larger), 1e-12)
 
-    Nothing is clipped: the largest times its factor is 448 but for fp32's last digit, which
-    rounds to 448, and a clip would hide NaN. Without NATIVE, values are put on e4m3's steps
-    here, since the cast of triton's interpreter loses a carry.
-    """
-    largest = _larger(tl.reduce(tl.abs(x), AXIS, _larger), 1e-12)
-    if AXIS == 1:
-        x = x * (448.0 / largest)[:, None]
-    else:
-        x = x * (448.0 / largest)
+
+@triton.jit
+def _on_steps(x, NATIVE: tl.constexpr):
+    """Without NATIVE on e4m3's steps, since the cast of triton's interpreter loses a carry."""
     if not NATIVE:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # 3 of 23 digits, ties to even
         small = (x + 24576.0) - 24576.0  # below 2^-6 in steps of 2^-9
         x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
-    return x, largest / 448.0
+    return x
+
+
+@triton.jit
+def as_rows(x, AXIS: tl.constexpr, NATIVE: tl.constexpr):
+    """x (BLOCK,) or, with AXIS 1, (ROWS, BLOCK) in fp32 -> what fp8 holds of it, and its scales.
+
+    Nothing is clipped: the largest times its factor is 448 but for fp32's last digit, which
+    rounds to 448, and a clip would hide NaN.
+    """
+    largest = _largest(x, AXIS)
+    if AXIS == 1:
+        x = x * (448.0 / largest)[:, None]
+    else:
+        x = x * (448.0 / largest)
+    return _on_steps(x, NATIVE), largest / 448.0
+
+
+@triton.jit
+def as_row_of_two(x, y, NATIVE: tl.constexpr):
+    """`as_rows` of one row in two pieces of any lengths: both, and their one scale."""
+    largest = _larger(_largest(x, 0), _largest(y, 0))
+    factor = 448.0 / largest
+    return _on_steps(x * factor, NATIVE), _on_steps(y * factor, NATIVE), largest / 448.0
 
 
 @triton.jit

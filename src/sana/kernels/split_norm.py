@@ -2,12 +2,15 @@
 
 A row of 2240 channels is held as 2048 and 192 (of 512) instead of 4096, by two warps. The first
 samples may have one row for all of their tokens (`reference.Lone`), which is read here and written
-nowhere else. Statistics and sums are fp32; a result is rounded once.
+nowhere else. Statistics and sums are fp32; a result is rounded once. `split_norm_rows` gives rows
+in fp8, as `norms.residual_norm_rows`.
 
 Shape letters: B batch, N tokens, C channels, L samples with a lone text.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -15,8 +18,9 @@ from torch import Tensor
 
 from sana.kernels import order
 from sana.kernels.launching import op
-from sana.kernels.norms import load_row, row_of, time_stride
+from sana.kernels.norms import asked, load_row, row_of, time_stride
 from sana.kernels.order import place
+from sana.kernels.rows import as_row_of_two, as_rows, empty_rows
 
 WARPS = 2
 """Of a program. One needs no barrier for its sums, and was no faster on an H100."""
@@ -62,29 +66,63 @@ def _summed(
 
 
 @triton.jit
-def _store_normed(
-    normed_ptr, x, rstd, c, C, shift_table, shift_time, scale_table, scale_time
-):  # fmt: skip
+def _centered(x, y, total, c, e, C, eps, SECOND: tl.constexpr):
+    """Both pieces, whose sum is `total`, without their mean, and one over their deviation."""
+    mean = total / C
+    x = tl.where(c < C, x - mean, 0.0)
+    total = tl.sum(x * x, 0)
+    if SECOND > 0:
+        y = tl.where(e < C, y - mean, 0.0)
+        total += tl.sum(y * y, 0)
+    return x, y, 1 / tl.sqrt(total / C + eps)
+
+
+@triton.jit
+def _modulated(x, rstd, c, C, shift_table, shift_time, scale_table, scale_time):
     scale = load_row(scale_table, scale_time, c, C)
     shift = load_row(shift_table, shift_time, c, C)
-    normed = x * rstd * (1 + scale) + shift
-    tl.store(normed_ptr + c, normed.to(normed_ptr.dtype.element_ty), mask=c < C)
+    return x * rstd * (1 + scale) + shift
+
+
+@triton.jit
+def _store(ptr, x, c, C):
+    tl.store(ptr + c, x.to(ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _store_eights(ptr, x, c, C):
+    """Eight a thread, as 16 bits are read; with sixteen, sums would go through shared memory."""
+    tl.store(tl.max_contiguous(ptr + c, 8), x.to(ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _store_rows(ptr, row_scale_ptr, x, y, c, e, C, SECOND: tl.constexpr, NATIVE: tl.constexpr):
+    """A row in fp8 with its scale."""
+    if SECOND > 0:
+        x, y, row_scale = as_row_of_two(x, y, NATIVE)
+        _store_eights(ptr, y, e, C)
+    else:
+        x, row_scale = as_rows(x, 0, NATIVE)
+    _store_eights(ptr, x, c, C)
+    tl.store(row_scale_ptr, row_scale)
 
 
 @triton.jit
 def _split_norm(
-    x_ptr, branch_ptr, row_ptr, before_ptr, seen_ptr, total_ptr, normed_ptr,
+    x_ptr, branch_ptr, row_ptr, before_ptr, seen_ptr, total_ptr, normed_ptr, row_scale_ptr,
     gate_table, gate_time, shift_table, shift_time, scale_table, scale_time,
     N, C, L, eps, limit, gB, sB, cB,
     HAS_BRANCH: tl.constexpr, HAS_LONE: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_LIMIT: tl.constexpr, HAS_NORM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
+    HAS_LIMIT: tl.constexpr, HAS_NORM: tl.constexpr, IN_ROWS: tl.constexpr, NATIVE: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One row in FIRST and SECOND columns; SECOND may be 0."""
+    """One row in FIRST and SECOND columns; SECOND may be 0. For IN_ROWS see `_residual_norm`."""
     at = place(0, LAST_FIRST).to(tl.int64)
     batch = at // N
     is_lone = batch < L
+    row_scale_ptr += at
     at *= C
+    normed_ptr += at
     x_ptr += at
     branch_ptr += at
     if HAS_LONE:
@@ -97,6 +135,7 @@ def _split_norm(
     e = FIRST + tl.arange(0, SECOND if SECOND > 0 else 1)
     # Both before the first store, for which what is read later would wait.
     x, branch = _loaded(x_ptr, branch_ptr, c, C, HAS_BRANCH)
+    y, other = x, branch
     if SECOND > 0:
         y, other = _loaded(x_ptr, branch_ptr, e, C, HAS_BRANCH)
     x = _summed(x, branch, *rest, c, C, limit, HAS_BRANCH, HAS_LONE, HAS_GATE, HAS_LIMIT)
@@ -105,18 +144,17 @@ def _split_norm(
         y = _summed(y, other, *rest, e, C, limit, HAS_BRANCH, HAS_LONE, HAS_GATE, HAS_LIMIT)
         total += tl.sum(y, 0)
     if HAS_NORM:
-        mean = total / C
-        x = tl.where(c < C, x - mean, 0.0)
-        total = tl.sum(x * x, 0)
-        if SECOND > 0:
-            y = tl.where(e < C, y - mean, 0.0)
-            total += tl.sum(y * y, 0)
-        rstd = 1 / tl.sqrt(total / C + eps)
+        x, y, rstd = _centered(x, y, total, c, e, C, eps, SECOND)
         rows = (shift_table, shift_time + batch * sB, scale_table, scale_time + batch * cB)
-        normed_ptr += at
-        _store_normed(normed_ptr, x, rstd, c, C, *rows)
+        x = _modulated(x, rstd, c, C, *rows)
+        if not IN_ROWS:
+            _store(normed_ptr, x, c, C)
         if SECOND > 0:
-            _store_normed(normed_ptr, y, rstd, e, C, *rows)
+            y = _modulated(y, rstd, e, C, *rows)
+            if not IN_ROWS:
+                _store(normed_ptr, y, e, C)
+    if IN_ROWS:
+        _store_rows(normed_ptr, row_scale_ptr, x, y, c, e, C, SECOND, NATIVE)
 
 
 @op("split_norm")
@@ -137,20 +175,8 @@ def split_norm(
     (B - L, N, C) has none.
     """
     x = x.contiguous()
-    B, N, C = x.shape
-    total = x.new_empty(x.shape if branch is not None else 0)
-    normed = x.new_empty(x.shape if scale else 0)
-    parts = [row_of(pair, x) for pair in (gate, shift, scale)]
-    own = [part.contiguous() for part in lone] or [x, x, x]
-    first, second = _columns(C)
-    _split_norm[(B * N,)](
-        x, x if branch is None else branch.contiguous(), *own,
-        total, normed, *(part for row in parts for part in row),
-        N, C, len(own[0]) if lone else 0, eps, limit, *(time_stride(row) for row in parts),
-        HAS_BRANCH=branch is not None, HAS_LONE=bool(lone), HAS_GATE=bool(gate),
-        HAS_LIMIT=limit > 0, HAS_NORM=bool(scale), FIRST=first, SECOND=second,
-        LAST_FIRST=order.LAST_FIRST, num_warps=WARPS,
-    )  # fmt: skip
+    total, normed = asked(x, branch is not None), asked(x, bool(scale))
+    _launch(x, branch, lone, (gate, shift, scale), eps, limit, (total, normed, None))
     return total, normed
 
 
@@ -164,7 +190,58 @@ def _(
     scale: list[Tensor],
     *_: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if branch is not None else 0), x.new_empty(x.shape if scale else 0)
+    return asked(x, branch is not None), asked(x, bool(scale))
+
+
+@op("split_norm_rows")
+def split_norm_rows(
+    x: Tensor,
+    branch: Tensor | None,
+    lone: list[Tensor],
+    gate: list[Tensor],
+    shift: list[Tensor],
+    scale: list[Tensor],
+    eps: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `norms.residual_norm_rows`; `lone` as above."""
+    x = x.contiguous()
+    total = asked(x, branch is not None)
+    values, scales = empty_rows(x)
+    _launch(x, branch, lone, (gate, shift, scale), eps, limit, (total, values, scales))
+    return total, values, scales
+
+
+@split_norm_rows.register_fake
+def _(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return asked(x, branch is not None), *empty_rows(x)
+
+
+def _launch(
+    x: Tensor,
+    branch: Tensor | None,
+    lone: list[Tensor],
+    pairs: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    eps: float,
+    limit: float,
+    results: tuple[Tensor, Tensor, Tensor | None],
+) -> None:
+    """`pairs` are gate, shift and scale; `results` total, normed, and scales of rows if in fp8."""
+    B, N, C = x.shape
+    gate, _, scale = pairs
+    parts = [row_of(pair, x) for pair in pairs]
+    own = [part.contiguous() for part in lone] or [x, x, x]
+    total, normed, scales = results
+    first, second = _columns(C)
+    _split_norm[(B * N,)](
+        x, x if branch is None else branch.contiguous(), *own,
+        total, normed, total if scales is None else scales,
+        *(part for row in parts for part in row),
+        N, C, len(own[0]) if lone else 0, eps, limit, *(time_stride(row) for row in parts),
+        HAS_BRANCH=branch is not None, HAS_LONE=bool(lone), HAS_GATE=bool(gate),
+        HAS_LIMIT=limit > 0, HAS_NORM=bool(scale), IN_ROWS=scales is not None, NATIVE=x.is_cuda,
+        FIRST=first, SECOND=second, LAST_FIRST=order.LAST_FIRST, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def _columns(width: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import DiTConfig
-from sana.kernels import laid, ops
+from sana.kernels import laid, ops, scaled
 from sana.kernels.reference import FP8, Branch, Lone, Row, Rows
 from sana.models.layers import (
     CrossAttention,
@@ -33,7 +33,7 @@ from sana.models.layers import (
     position_table,
 )
 from sana.models.refiner import Refiner
-from sana.models.rounding import Product, product_dtype
+from sana.models.rounding import Product, Scaled, product_dtype
 from sana.models.sending import sent
 
 TIME_SCALE = 1000.0
@@ -349,9 +349,12 @@ class Block(nn.Module):
 
     def _joins_lone(self, x: Tensor, text: Tensor | tuple[Tensor, ...]) -> bool:
         """Whether the last norm reads a lone text's rows where they are; see `reference.Lone`."""
-        if type(self.cross_attention.output) is not Product or not isinstance(text, tuple):
+        if not isinstance(text, tuple) or len(text) != 3:
             return False
-        return len(text) == 3 and ops.joins_lone(x, text[2])
+        kind = type(self.cross_attention.output)
+        if kind is Scaled:
+            return scaled.joins_lone(x, text[2])
+        return kind is Product and ops.joins_lone(x, text[2])
 
     def _beside(
         self, x: Tensor, attended: Branch, text: Tensor | tuple[Tensor, ...], bias: Tensor | None
@@ -359,8 +362,9 @@ class Block(nn.Module):
         """x with both attentions to be added; only the samples that read are summed before."""
         keys, values, row = text
         others = slice(len(row), None)
-        seen = ops.add_branch(x[others], attended.part(others))
-        value = self.cross_attention(seen, (keys, values), bias)
+        products = self.feed_forward.expand.weight.dtype
+        seen, asking = summed(x[others], attended.part(others), products)
+        value = self.cross_attention(asking, (keys, values), bias)
         return Open(x, Branch(value, lone=Lone(row, attended, seen)))
 
 
@@ -382,7 +386,7 @@ def normed(
     """The tokens, summed if they were open, and their norm, for products in `dtype`."""
     if dtype == FP8:
         whole, branch = x if isinstance(x, Open) else (x, None)
-        return ops.add_and_scale(whole, branch, (shift, scale))
+        return scaled.add_and_scale(whole, branch, (shift, scale))
     if isinstance(x, Open):
         return ops.add_and_modulate(*x, shift, scale, dtype)
     return x, ops.modulate(x, shift, scale, dtype)
@@ -391,5 +395,5 @@ def normed(
 def summed(x: Tensor, branch: Branch, dtype: torch.dtype) -> tuple[Tensor, Tensor | Rows]:
     """The tokens with their branch, and the same as a product in `dtype` takes it."""
     if dtype == FP8:
-        return ops.add_and_scale(x, branch, None)
+        return scaled.add_and_scale(x, branch, None)
     return ops.add_and_round(x, branch)
