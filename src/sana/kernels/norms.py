@@ -26,6 +26,13 @@ PLAIN, RELU, SILU = 0, 1, 2
 
 
 @triton.jit
+def clipped(x, limit):
+    """Between -limit and limit; NaN stays."""
+    x = tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_row(table, time, c, C):
     """A block's row and the time's, summed, in fp32."""
     own = tl.load(table + c, mask=c < C, other=0.0).to(tl.float32)
@@ -53,7 +60,7 @@ def _residual_norm(
     if HAS_BRANCH:
         branch = tl.load(branch_ptr + row * C + c, mask=inside, other=0.0).to(tl.float32)
         if HAS_LIMIT:
-            branch = tl.minimum(tl.maximum(branch, -limit), limit)
+            branch = clipped(branch, limit)
         if HAS_GATE:
             branch = branch * load_row(gate_table, gate_time + batch * gB, c, C)
         total = (x + branch).to(total_ptr.dtype.element_ty)

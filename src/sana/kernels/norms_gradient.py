@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sana.kernels import rows
 from sana.kernels.launching import op
-from sana.kernels.norms import _launch_residual, load_row, row_of, time_stride
+from sana.kernels.norms import _launch_residual, clipped, load_row, row_of, time_stride
 
 TOKENS = 16
 """Of one program."""
@@ -43,7 +43,7 @@ def _norm_gradient(g, scale, x, inside, C, eps):
 
 @triton.jit
 def _clip(x, limit, HAS_LIMIT: tl.constexpr):
-    return tl.minimum(tl.maximum(x, -limit), limit) if HAS_LIMIT else x
+    return clipped(x, limit) if HAS_LIMIT else x
 
 
 @triton.jit

@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana.kernels import order
 from sana.kernels.launching import op
-from sana.kernels.norms import asked, load_row, row_of, time_stride
-from sana.kernels.order import place
+from sana.kernels.norms import asked, clipped, load_row, row_of, time_stride
 from sana.kernels.rows import as_row_of_two, as_rows, empty_rows
 
 WARPS = 2
@@ -50,7 +48,7 @@ def _summed(
         plain = branch.to(tl.float32)
         value = plain
         if HAS_LIMIT:
-            value = tl.minimum(tl.maximum(value, -limit), limit)
+            value = clipped(value, limit)
         if HAS_GATE:
             value = value * load_row(gate_table, gate_time, c, C)
         if HAS_LONE:
@@ -114,10 +112,10 @@ def _split_norm(
     N, C, L, eps, limit, gB, sB, cB,
     HAS_BRANCH: tl.constexpr, HAS_LONE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_LIMIT: tl.constexpr, HAS_NORM: tl.constexpr, IN_ROWS: tl.constexpr, NATIVE: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, LAST_FIRST: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """One row in FIRST and SECOND columns; SECOND may be 0. For IN_ROWS see `_residual_norm`."""
-    at = place(0, LAST_FIRST).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64)
     batch = at // N
     is_lone = batch < L
     row_scale_ptr += at
@@ -240,7 +238,7 @@ def _launch(
         N, C, len(own[0]) if lone else 0, eps, limit, *(time_stride(row) for row in parts),
         HAS_BRANCH=branch is not None, HAS_LONE=bool(lone), HAS_GATE=bool(gate),
         HAS_LIMIT=limit > 0, HAS_NORM=bool(scale), IN_ROWS=scales is not None, NATIVE=x.is_cuda,
-        FIRST=first, SECOND=second, LAST_FIRST=order.LAST_FIRST, num_warps=WARPS,
+        FIRST=first, SECOND=second, num_warps=WARPS,
     )  # fmt: skip
 
 

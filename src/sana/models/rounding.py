@@ -85,7 +85,9 @@ class Scaled(Product):
     def into(self, x: Tensor | Rows, out: Tensor) -> None:
         """Writes the result into `out`, contiguous."""
         rows = x if isinstance(x, Rows) else ops.scaled_rows(x)
-        ops.scaled_product(rows, self.weight, self.scale, self.bias, out)
+        scales = (self.scale, rows.scale)
+        if not products.scaled_into(rows.values, self.weight, scales, self.bias, out):
+            ops.scaled_product(rows, self.weight, self.scale, self.bias, out)
 
 
 def scaled_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
