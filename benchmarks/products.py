@@ -7,7 +7,7 @@
 Every shape is done by torch and by all that the library offers without a workspace: its guesses for
 this shape and for all others of the run. Each is a CUDA graph of some milliseconds; graphs are
 replayed in turn, in another order each time, without pauses, so that the chip is as warm and as
-close to its power limit for one as for the other. The fastest go through it again. Printed are
+slow for one as for the other, and as in a picture. The fastest go through it again. Printed are
 medians, and the rows of `sana.kernels.chosen`, which --update writes there. Then whole steps are
 raced with torch's products, with the rows that were there and with the new ones.
 """

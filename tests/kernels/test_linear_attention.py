@@ -213,3 +213,16 @@ def test_a_compiler_can_trace_the_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     )
     with pytest.raises(Exception, match="data pointer|storage|fake|Fake"):
         trace()
+
+
+def test_many_heads_are_summed_in_half_as_many_parts() -> None:
+    from sana.kernels.linear_attention import _parts
+
+    expected = {
+        (16384, 140): (4, 4096),
+        (16384, 70): (8, 2048),
+        (1024, 140): (4, 256),
+        (100, 1): (1, 128),
+    }
+    for (tokens, heads), parts in expected.items():
+        assert _parts(tokens, heads) == parts

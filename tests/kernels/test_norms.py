@@ -162,6 +162,28 @@ def test_a_lone_texts_row_is_added_to_all_of_its_tokens(
     assert_detects(lambda limit: check(row, limit), 0.2)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+def test_query_and_key_are_normed_in_their_memory(dtype: torch.dtype, bound: float) -> None:
+    rows = draw(2, 3, 3 * 20, seed=1).to(dtype)
+    first, second = (draw(20, seed=seed).to(dtype) for seed in (2, 3))
+    wide = [part.double() for part in (rows, first, second)]
+    exact = wide[0].clone()
+    exact[..., :20] = reference.rms_norm(wide[0][..., :20], wide[1], eps=1e-5)
+    exact[..., 20:40] = reference.rms_norm(wide[0][..., 20:40], wide[2], eps=1e-5)
+
+    def check(second: Tensor) -> None:
+        own = rows.clone()
+        with ops.force("triton"), torch.no_grad():
+            assert not ops.rms_norm_pair_(own, first, second, eps=1e-5)
+            with ops.trying("norm_pair"):
+                assert ops.rms_norm_pair_(own, first, second, eps=1e-5)
+        assert_matches(exact.to(dtype), own, bound)
+        assert torch.equal(own[..., 40:], rows[..., 40:])
+
+    check(second)
+    assert_detects(check, first)
+
+
 def test_activations_keep_nan() -> None:
     """A broken picture would look like a whole one."""
     x = draw(2, 3, 8, seed=1).clamp(-1, 1)

@@ -27,6 +27,8 @@ TOKENS_OF_A_PART = 256
 """At least; few enough that all parts together fill a GPU."""
 MOST_PARTS = 8
 """Every program of the second pass sums them up."""
+FULL = 512
+"""Programs with which half as many parts are enough."""
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -201,7 +203,7 @@ def linear_attention(
     narrow = narrow and q.dtype.itemsize == 2
     q, k, v = (last_is_dense(x) for x in (q, k, v))
     B, H, N, D = q.shape
-    parts, part = _parts(N)
+    parts, part = _parts(N, B * H)
     state = q.new_empty((B * H, parts, D, D), dtype=torch.float32)
     norm = q.new_empty((B * H, parts, D), dtype=torch.float32)
     _sum_keys[(B * H, parts)](
@@ -222,7 +224,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, eps: float, narrow: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, D = q.shape
-    parts, _ = _parts(N)
+    parts, _ = _parts(N, B * H)
     state = q.new_empty((B * H, parts, D, D), dtype=torch.float32)
     return token_major(v), state, q.new_empty((B * H, parts, D), dtype=torch.float32)
 
@@ -248,7 +250,7 @@ def _launch_backward(
     g, q, k, v = (last_is_dense(x) for x in (g, *inputs))
     dq, dk, dv = results
     B, H, N, D = q.shape
-    parts, part = _parts(N)
+    parts, part = _parts(N, B * H)
     dstate, dnorm = torch.empty_like(state), torch.empty_like(norm)
     _query_gradients[(B * H, parts)](
         q, g, state, norm, dq, dstate, dnorm, H, N, parts, eps,
@@ -296,7 +298,8 @@ def packed_linear_attention(qkv: Tensor, width: int, eps: float) -> tuple[Tensor
 @packed_linear_attention.register_fake
 def _(qkv: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     B, N, C = qkv.shape
-    G, (P, _) = B * C // (3 * width), _parts(N)
+    G = B * C // (3 * width)
+    P, _ = _parts(N, G)
     state = qkv.new_empty((G, P, width, width), dtype=torch.float32)
     norm = qkv.new_empty((G, P, width), dtype=torch.float32)
     return qkv.new_empty((B, N, C // 3)), state, norm
@@ -333,10 +336,11 @@ def _differentiate_packed(ctx, g, _state, _norm):
 packed_linear_attention.register_autograd(_differentiate_packed, setup_context=_keep_packed)
 
 
-def _parts(N: int) -> tuple[int, int]:
-    """How many parts the tokens are summed in, and how many tokens one has."""
+def _parts(N: int, G: int) -> tuple[int, int]:
+    """How many parts the tokens of each of G heads are summed in, and how many tokens one has."""
+    most = MOST_PARTS // 2 if G * MOST_PARTS >= 2 * FULL else MOST_PARTS
     # Powers of two, since the kernels are compiled anew for every size of a part.
-    part = max(TOKENS_OF_A_PART, triton.next_power_of_2(triton.cdiv(N, MOST_PARTS)))
+    part = max(TOKENS_OF_A_PART, triton.next_power_of_2(triton.cdiv(N, most)))
     part = min(part, triton.cdiv(N, BLOCK_N) * BLOCK_N)
     return triton.cdiv(N, part), part
 

@@ -116,6 +116,23 @@ def _rms_norm(
 
 
 @triton.jit
+def _rms_norm_pair(
+    x_ptr, first_ptr, second_ptr, M, C, eps, xM, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """ROWS rows of the first or the second C columns, in place."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    inside = (m < M)[:, None] & (c < C)[None, :]
+    weight_ptr = tl.where(tl.program_id(1) == 0, first_ptr, second_ptr)
+    at = x_ptr + tl.program_id(1) * C + m[:, None] * xM + c[None, :]
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
+    x = x * rstd[:, None] * weight[None, :]
+    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _bias_act(x_ptr, bias_ptr, count, C, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """x = act(x + bias) in place; values with the channel fastest."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -201,6 +218,18 @@ def rms_norm_(
 ) -> None:
     """own (..., C), contiguous, becomes act(own / rms(own) * weight + bias) + residual."""
     _launch(own, weight, bias, residual, own, eps, kind)
+
+
+@op("rms_norm_pair_", mutates=("own",))
+def rms_norm_pair_(own: Tensor, first: Tensor, second: Tensor, eps: float) -> None:
+    """own (..., W), contiguous: `rms_norm` of its first C columns and of the C behind them."""
+    width, C = own.shape[-1], len(first)
+    M, block = own.numel() // width, triton.next_power_of_2(C)
+    together = max(1, TILE // block)
+    _rms_norm_pair[(triton.cdiv(M, together), 2)](
+        own, first, second, M, C, eps, width,
+        ROWS=together, BLOCK=block, num_warps=warps(together * block),
+    )  # fmt: skip
 
 
 @op("bias_act_", mutates=("own",))

@@ -197,6 +197,19 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return normed
 
 
+def rms_norm_pair_(own: Tensor, first: Tensor, second: Tensor, *, eps: float) -> bool:
+    """`rms_norm` of own's first columns, as many as `first` has, and of those behind, in place.
+
+    own (B, N, W), first and second (C,). False as in `rms_norm_`.
+    """
+    if not (allows("norm_pair") and own.is_contiguous() and fuses(own, first, second)):
+        return False
+    from sana.kernels import norms
+
+    norms.rms_norm_pair_(own, first, second, eps)
+    return True
+
+
 def rms_norm_(
     own: Tensor,
     weight: Tensor,

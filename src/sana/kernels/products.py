@@ -1,10 +1,10 @@
 """Plain matrix products, each by the algorithm of cuBLASLt that a whole step prefers.
 
-cuBLAS guesses an algorithm from the sizes, as if a product were alone on a cool chip. In the steps
-of a large transformer an H100 is held at its power limit, where kernels with other tiles are faster
-by up to a seventh; and those that get no workspace need no counter in it, which torch's products
-clear before each (5 us in a CUDA graph). `benchmarks/products.py` times the algorithms and prints
-the rows of `chosen.CHOSEN`; sums run in the same order in all of them, so results are torch's.
+cuBLAS guesses an algorithm from the sizes. Where products follow each other without a pause, as in
+the steps of a large transformer, an H100 slows down, and kernels with other tiles are faster by up
+to a seventh; those that get no workspace need no counter in it, which torch's products clear before
+each (5 us in a CUDA graph). `benchmarks/products.py` times the algorithms and prints the rows of
+`chosen.CHOSEN`; sums run in the same order in all of them, so results are torch's, bit for bit.
 
 Where the table has no row that is near, or the library no such algorithm, a product is torch's.
 cuBLASLt is the library that torch has loaded, called through ctypes, since torch lets nobody name

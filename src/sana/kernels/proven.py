@@ -42,6 +42,7 @@ Way: TypeAlias = Literal[
     "whole_heads",
     "pixels",
     "chosen_products",
+    "norm_pair",
 ]
 
 H100 = "benchmarks/results/2026-11-25-kernels-nvidia-h100.md"
@@ -49,6 +50,7 @@ H200 = "benchmarks/results/2026-11-27-kernels-nvidia-h200.md"
 LATER = "benchmarks/results/2026-11-28-kernels-nvidia-h100.md"
 TRAINING = "benchmarks/results/2026-11-28-training-nvidia-h200.md"
 STEPS = "benchmarks/results/2026-11-28-steps-nvidia-h100.md"
+PRODUCTS = "benchmarks/results/2026-11-28-products-nvidia-h100.md"
 
 REPORTS: Mapping[Way, str | None] = MappingProxyType(
     {
@@ -96,13 +98,15 @@ REPORTS: Mapping[Way, str | None] = MappingProxyType(
         # The branch of a lone text is a row that the norm behind it adds, and is written nowhere.
         "lone_rows": STEPS,
         # fp8 alone: both of these, where the norm gives rows in fp8.
-        "split_rows": None,
+        "split_rows": PRODUCTS,
         # Linear attention with all tokens of a head in one program, where there are heads enough.
-        "whole_heads": None,
+        "whole_heads": PRODUCTS,
         # DC-AE: last norm, activation and 3x3 to three channels as one product and a sum.
-        "pixels": None,
+        "pixels": PRODUCTS,
         # Products of image tokens by algorithms of cuBLASLt that are chosen by `chosen`.
-        "chosen_products": None,
+        "chosen_products": PRODUCTS,
+        # The norms of query and key in one pass, in the product's memory.
+        "norm_pair": PRODUCTS,
     }
 )
 """Each way with the report that proves it, or None."""

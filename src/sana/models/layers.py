@@ -129,11 +129,21 @@ class LinearSelfAttention(nn.Module):
         limit = self.limit(attended.dtype)
         return attended.clamp(-limit, limit) if clips and limit is not None else attended
 
+    def _norm_in_place(self, qkv: Tensor) -> bool:
+        """Whether query and key are their norms now, in the product's own memory."""
+        first, second = self.query_norm, self.key_norm
+        if not (isinstance(first, RMSNorm) and isinstance(second, RMSNorm)):
+            return False
+        return ops.rms_norm_pair_(qkv, first.weight, second.weight, eps=first.eps)
+
     def _mix(self, qkv: Tensor, perturbed: int) -> Tensor:
+        is_normed = self._norm_in_place(qkv)
         query, key, value = qkv.chunk(3, dim=-1)
         seeing = len(query) - perturbed
-        q = split_heads(self.query_norm(query[:seeing]), self.head_dim)
-        k = split_heads(self.key_norm(key[:seeing]), self.head_dim)
+        query, key = query[:seeing], key[:seeing]
+        if not is_normed:
+            query, key = self.query_norm(query), self.key_norm(key)
+        q, k = split_heads(query, self.head_dim), split_heads(key, self.head_dim)
         v = split_heads(value[:seeing], self.head_dim)
         mixed = linear_attention(q, k, v, eps=self.eps).transpose(1, 2).flatten(2)
         if perturbed:
