@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from numerics import assert_detects, assert_matches
 from sana.kernels import ops, reference
 from sana.kernels.reference import Branch, Lone, Row
+from sana.models.layers import LinearSelfAttention
+from sana.presets import preset
 
 norms = pytest.importorskip("sana.kernels.norms", reason="triton is made for Linux only")
 
@@ -174,14 +177,31 @@ def test_query_and_key_are_normed_in_their_memory(dtype: torch.dtype, bound: flo
     def check(second: Tensor) -> None:
         own = rows.clone()
         with ops.force("triton"), torch.no_grad():
-            assert not ops.rms_norm_pair_(own, first, second, eps=1e-5)
-            with ops.trying("norm_pair"):
-                assert ops.rms_norm_pair_(own, first, second, eps=1e-5)
+            assert ops.rms_norm_pair_(own, first, second, eps=1e-5)
         assert_matches(exact.to(dtype), own, bound)
         assert torch.equal(own[..., 40:], rows[..., 40:])
 
     check(second)
     assert_detects(check, first)
+
+
+def test_attention_with_norms_is_the_same_in_place_and_with_a_gradient() -> None:
+    config = replace(preset("tiny").config.dit, qk_norm=True)
+    layer = LinearSelfAttention(config).to(DEVICE)
+    with torch.no_grad():
+        layer.query_norm.weight.copy_(draw(config.width, seed=5))
+        layer.key_norm.weight.copy_(draw(config.width, seed=6))
+    x = draw(3, 4, config.width, seed=1)
+    expected = layer(x).detach()
+
+    def check(x: Tensor) -> None:
+        with ops.force("triton"), torch.no_grad():
+            for perturbed in (0, 1):
+                got = layer(x, perturbed)
+                assert_matches(expected[: 3 - perturbed], got[: 3 - perturbed], 3e-6)
+
+    check(x)
+    assert_detects(check, x * 1.1)
 
 
 def test_activations_keep_nan() -> None:
