@@ -6,6 +6,7 @@ given by the layouts that it was told, columns first.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -141,7 +142,8 @@ def bf16_at(address: int, count: int) -> Tensor:
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     played = Library()
     monkeypatch.setattr(products, "library", lambda: played)
-    monkeypatch.setattr(products, "_handle", lambda owner: ctypes.c_void_p(5))
+    monkeypatch.setattr(products, "_handle", lambda device: ctypes.c_void_p(5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     yield played
@@ -204,6 +206,23 @@ def test_an_error_of_the_library_says_what_failed(
     x = draw(5, 7, seed=1)
     with pytest.raises(RuntimeError, match=r"cublasLtMatmul for a product \(5, 3, 7, .*13"):
         plan.run(x, draw(3, 7, seed=2), None, x)
+
+
+def test_what_the_library_refuses_is_torchs_from_then_on(
+    library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    plan = products.Plan(Shape(5, 3, 7, False))
+    x, weight = draw(5, 7, seed=1), draw(3, 7, seed=2)
+    monkeypatch.setattr(products, "_plan", lambda *_: None if plan.is_broken else plan)
+    assert plan.choose(GOOD)
+    got = products.product(x, weight, None)
+    assert got is not None
+    assert_matches(F.linear(x, weight), got, 3e-3)
+    monkeypatch.setattr(library, "cublasLtMatmul", lambda *_: 13, raising=False)
+    assert products.product(x, weight, None) is None
+    assert "such products are torch's" in caplog.text
+    assert not products.into(x, weight, None, got) and len(caplog.records) == 1
 
 
 def test_a_row_serves_what_is_near() -> None:

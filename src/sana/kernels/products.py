@@ -19,18 +19,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping
 from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sana.kernels import ops
 from sana.kernels.chosen import CHOSEN, Algorithm, Shape
+
+logger = logging.getLogger(__name__)
 
 NEAR = 1.3
 """A row of the table also serves products with so many times its rows, or as much fewer."""
@@ -60,13 +64,16 @@ class Found(ctypes.Structure):
 
 
 class Plan:
-    """How products of one shape are done, by one thread on one device."""
+    """How products of one shape are done, on the device that is the current one."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         owner = library()
         assert owner is not None
-        self.library, self.handle = owner, _handle(owner)
+        self.library, self.handle = owner, _handle(torch.cuda.current_device())
+        self.lock = threading.Lock()
+        """Addresses are set in the description before a call, of whichever thread."""
+        self.is_broken = False
         self.algorithm = (c_uint64 * 8)()
         self.description, self.layouts = c_void_p(), tuple(c_void_p() for _ in range(3))
         M, N, K, has_bias, in_fp8 = shape
@@ -137,18 +144,19 @@ class Plan:
 
         In fp8 with the scales of the weight's rows and of x's, fp32.
         """
-        if bias is not None:
-            self._set(SET_BIAS, c_void_p(bias.data_ptr()))
-        for attribute, scale in zip(SET_SCALES, scales, strict=False):
-            self._set(attribute, c_void_p(scale.data_ptr()))
         a, b, d = self.layouts
         result = c_void_p(out.data_ptr())
         stream = c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-        self._ask(
-            "cublasLtMatmul", self.handle, self.description, byref(c_float(1)),
-            c_void_p(weight.data_ptr()), a, c_void_p(x.data_ptr()), b, byref(c_float(0)),
-            result, d, result, d, byref(self.algorithm), None, c_size_t(0), stream,
-        )  # fmt: skip
+        with self.lock:
+            if bias is not None:
+                self._set(SET_BIAS, c_void_p(bias.data_ptr()))
+            for attribute, scale in zip(SET_SCALES, scales, strict=False):
+                self._set(attribute, c_void_p(scale.data_ptr()))
+            self._ask(
+                "cublasLtMatmul", self.handle, self.description, byref(c_float(1)),
+                c_void_p(weight.data_ptr()), a, c_void_p(x.data_ptr()), b, byref(c_float(0)),
+                result, d, result, d, byref(self.algorithm), None, c_size_t(0), stream,
+            )  # fmt: skip
 
     def _all(self) -> tuple[c_void_p, ...]:
         """The layouts of both factors, of what is added, which is nothing, and of the result."""
@@ -178,22 +186,15 @@ class Plan:
 
 
 @dataclass
-class _Local(threading.local):
-    """What one thread made, by device."""
-
-    handles: dict[int, c_void_p] = field(default_factory=dict)
-    plans: dict[tuple[int, Shape, Algorithm], Plan | None] = field(default_factory=dict)
-
-
-@dataclass
 class _State:
     """Changed by `trying` and `watching` alone."""
 
     table: Mapping[Shape, Algorithm]
+    known: dict[Shape, Algorithm | None] = field(default_factory=dict)
+    """What `nearest` has said of the table."""
     seen: set[Shape] | None = None
 
 
-_local = _Local()
 _state = _State(CHOSEN)
 
 
@@ -203,17 +204,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if plan is None:
         return None
     out = x.new_empty((*x.shape[:-1], len(weight)))
-    plan.run(x, weight, bias, out)
-    return out
+    return out if _does(plan, x, weight, bias, out) else None
 
 
 def into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
     """The same, written into `out`, contiguous; False where torch is to do it."""
     fits = out.dtype == x.dtype and out.data_ptr() % ALIGNED == 0
     plan = _plan(x, weight, bias) if fits else None
-    if plan is not None:
-        plan.run(x, weight, bias, out)
-    return plan is not None
+    return plan is not None and _does(plan, x, weight, bias, out)
 
 
 def scaled_into(
@@ -227,19 +225,18 @@ def scaled_into(
     fits = out.dtype == torch.bfloat16 and out.data_ptr() % ALIGNED == 0
     fits = fits and all(s.is_contiguous() and s.data_ptr() % 16 == 0 for s in scales)
     plan = _plan(x, weight, bias, torch.float8_e4m3fn) if fits else None
-    if plan is not None:
-        plan.run(x, weight, bias, out, scales)
-    return plan is not None
+    return plan is not None and _does(plan, x, weight, bias, out, scales)
 
 
 @contextlib.contextmanager
 def trying(table: Mapping[Shape, Algorithm]) -> Iterator[None]:
     """Inside, this table is used; graphs keep what they saw."""
-    before, _state.table = _state.table, table
+    before = _state.table, _state.known
+    _state.table, _state.known = table, {}
     try:
         yield
     finally:
-        _state.table = before
+        _state.table, _state.known = before
 
 
 @contextlib.contextmanager
@@ -279,20 +276,32 @@ def _plan(
     shape = Shape(rows, results, values, bias is not None, dtype.itemsize == 1)
     if _state.seen is not None:
         _state.seen.add(shape)
-    wanted = nearest(_state.table, shape)
-    return None if wanted is None else _made(shape, wanted, x.get_device())
+    if shape not in _state.known:
+        _state.known[shape] = nearest(_state.table, shape)
+    wanted = _state.known[shape]
+    plan = None if wanted is None else _made(shape, wanted, x.get_device())
+    return None if plan is None or plan.is_broken else plan
 
 
+def _does(plan: Plan, x: Tensor, *others: Any) -> bool:
+    """Whether the plan did it; one that once could not is not asked again."""
+    try:
+        with torch.cuda.device(x.device):
+            plan.run(x, *others)
+    except RuntimeError as error:
+        logger.warning("%s; such products are torch's from now on", error)
+        plan.is_broken = True
+    return not plan.is_broken
+
+
+@cache
 def _made(shape: Shape, wanted: Algorithm, device: int) -> Plan | None:
-    key = (device, shape, wanted)
-    if key not in _local.plans:
-        plan = None
-        if library() is not None and torch.cuda.get_device_capability(device) == (9, 0):
-            with torch.cuda.device(device):
-                plan = Plan(shape)
-                plan = plan if plan.choose(wanted) else None
-        _local.plans[key] = plan
-    return _local.plans[key]
+    """None where the device or the library has no such algorithm."""
+    if library() is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    with torch.cuda.device(device):
+        plan = Plan(shape)
+        return plan if plan.choose(wanted) else None
 
 
 @cache
@@ -305,15 +314,14 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _handle(owner: ctypes.CDLL) -> c_void_p:
-    """Of this thread, for the current device."""
-    device = torch.cuda.current_device()
-    if device not in _local.handles:
-        handle = c_void_p()
-        if code := owner.cublasLtCreate(byref(handle)):
-            raise RuntimeError(f"cublasLtCreate: cuBLASLt's error {code}")
-        _local.handles[device] = handle
-    return _local.handles[device]
+@cache
+def _handle(device: int) -> c_void_p:
+    """For a device, which is the current one, and all threads."""
+    owner, handle = library(), c_void_p()
+    assert owner is not None
+    if code := owner.cublasLtCreate(byref(handle)):
+        raise RuntimeError(f"cublasLtCreate on device {device}: cuBLASLt's error {code}")
+    return handle
 
 
 def _size(part: str) -> int:
