@@ -1,13 +1,14 @@
 """Kernels of one CUDA graph in their order, the gaps between them, and what other ways make of it.
 
     python benchmarks/gaps.py                                   # on a GPU: a step of 1.6B
-    python benchmarks/gaps.py --of sana-600m-1024 --variants "; cross_attention; glumbconv.AHEAD=0"
+    python benchmarks/gaps.py --of sana-600m-1024 --variants "; cross_attention; -norm_pair"
     python benchmarks/gaps.py --of dc-ae --profile              # kernels and gaps of first and last
     python benchmarks/gaps.py --tiny                            # the same, small, on any machine
 
-A variant is a list of words: ways of `sana.kernels.proven` to be tried, and constants of a module
-of `sana.kernels`. Each gets a graph; then all are replayed in turn, some times one behind the
-other, some times one by one, so that they see the same clocks. Printed are medians in ms, how far
+A variant is a list of words: ways of `sana.kernels.proven` to be tried, with a minus to be left
+out, and constants of a module of `sana.kernels`, as glumbconv.BLOCK_F=64. Each gets a graph; then
+all are replayed in turn, some times one behind the other, some times one by one, so that they see
+the same clocks. Printed are medians in ms, how far
 the result is from fp32, and whether it is the same bits as the first variant's.
 """
 
@@ -179,8 +180,11 @@ def _chosen(words: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(ops.force("triton"))
         for word in words.split():
-            if word in REPORTS:
-                stack.enter_context(ops.trying(cast("Way", word)))
+            way = cast("Way", word.removeprefix("-"))
+            if way in REPORTS:
+                is_without = word != way
+                trying = ops.trying(without=[way]) if is_without else ops.trying(way)
+                stack.enter_context(trying)
                 continue
             place, _, value = word.partition("=")
             module, _, constant = place.rpartition(".")

@@ -51,10 +51,10 @@ def force(backend: Backend) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trying(*ways: Way) -> Iterator[None]:
-    """Inside, these are used too where `uses_triton`, proven or not; graphs keep what they saw."""
+def trying(*ways: Way, without: Iterable[Way] = ()) -> Iterator[None]:
+    """Inside, these ways are used too where `uses_triton`, and others not; graphs stay as made."""
     before = dict(_allowed)
-    _allowed.update(dict.fromkeys(ways, True))
+    _allowed.update({**dict.fromkeys(ways, True), **dict.fromkeys(without, False)})
     try:
         yield
     finally:
