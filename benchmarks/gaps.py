@@ -135,14 +135,14 @@ def _network(
     mask[: count // 2, 1:] = False
     guidance = 4.5 if c.guidance_embedding else None
     [moment] = network.embed_times(torch.tensor([0.7]), guidance).values()
-    prepared: dict[bool, Any] = {}
+    prepared: dict[tuple[bool, ...], Any] = {}
 
     def call() -> Tensor:
         # Made once for each of the ways to have a text, outside of graphs.
-        way = ops.allows("laid_text")
-        if way not in prepared:
-            prepared[way] = network.prepare(text, mask)
-        result: Tensor = network.denoise(latent, moment, prepared[way], None)
+        ways = ops.allows("laid_text"), ops.allows("lone_text")
+        if ways not in prepared:
+            prepared[ways] = network.prepare(text, mask)
+        result: Tensor = network.denoise(latent, moment, prepared[ways], None)
         return result
 
     with ops.force("reference"):

@@ -68,7 +68,6 @@ STEP_WAYS: tuple[Way, ...] = (
     "split_attention",
     "laid_text",
     "lone_rows",
-    "split_norm",
     "whole_heads",
 )
 DECODE_WAYS: tuple[Way, ...] = ("doubling", "windows", "aggregate", "pixels")

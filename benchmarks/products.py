@@ -2,7 +2,7 @@
 
     python benchmarks/products.py                          # on an H100 or H200, two minutes
     python benchmarks/products.py --rows 2048,32768 --update
-    python benchmarks/products.py --race sana-600m-1024 --rows ""   # the table as it is, in a step
+    python benchmarks/products.py --race sana-600m-1024 --rows "" --fp8-rows ""  # as it is
 
 Every shape is done by torch and by all that the library offers without a workspace: its guesses for
 this shape and for all others of the run. Each is a CUDA graph of some milliseconds; graphs are
@@ -63,13 +63,15 @@ def main() -> int:
         rows, narrow = (_numbers(words) for words in (options.rows, options.fp8_rows))
         wanted = [shape for model in MODELS for shape in shapes(model, rows)]
         wanted += shapes(MODELS[0], narrow, in_fp8=True)
-        found = search(wanted + (decoder_shapes() if rows else []), options)
+        wanted += decoder_shapes() if rows else []
+        found = search(wanted, options)
         print(*(_row(*pair) for pair in found.items()), sep="\n", flush=True)
+        kept = {shape: own for shape, own in CHOSEN.items() if shape not in wanted}
         if options.update:
-            update({**CHOSEN, **found})
+            update({**kept, **found})
         print(f"{time.monotonic() - began:.0f} s", flush=True)
         for name in filter(None, options.race.split(",")):
-            race_steps(name, {**CHOSEN, **found}, options)
+            race_steps(name, {**kept, **found}, options)
     return 0
 
 
@@ -241,9 +243,8 @@ def race_steps(name: str, table: Mapping[Shape, Algorithm], options: argparse.Na
     torch.cuda.empty_cache()
 
 
-def update(table: Mapping[Shape, Algorithm]) -> None:
+def update(table: Mapping[Shape, Algorithm], path: Path = Path(chosen.__file__)) -> None:
     """Write the rows to `sana.kernels.chosen`."""
-    path = Path(chosen.__file__)
     place = r"MappingProxyType\(.*?\n?\}?\n?\)\n(?=\"\"\"On GPUs)"
     rows = "".join(f"        {_row(*pair)}\n" for pair in sorted(table.items()))
     made = f"MappingProxyType(\n    {{\n{rows}    }}\n)\n"

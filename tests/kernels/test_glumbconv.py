@@ -67,6 +67,19 @@ def test_a_row_longer_than_a_segment_is_joined(monkeypatch: pytest.MonkeyPatch) 
             assert torch.equal(whole, triton(*inputs))
 
 
+def test_reading_gates_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(2, 3, 5, 6, torch.float32)
+    expected = triton(*inputs)
+    monkeypatch.setattr(glumbconv, "BOTH_AHEAD", False)
+
+    def check(x: Tensor) -> None:
+        got = triton(x.clone(), *inputs[1:])
+        assert torch.equal(expected, got) and bool(got.isfinite().all())
+
+    check(inputs[0])
+    assert_detects(check, inputs[0] * 1.01)
+
+
 def test_a_compiled_caller_goes_through_the_kernel() -> None:
     inputs = draw(1, 2, 3, 4, torch.float32)
     compiled = torch.compile(triton, backend="aot_eager", fullgraph=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_norm_in_two_parts_equals_the_reference(
     exact = [result.to(dtype) for result in case.results(torch.float64)]
 
     def check(gate: Callable[[Row], Row]) -> None:
-        with ops.force("triton"), ops.trying("split_norm"):
+        with ops.force("triton"):
             for expected, got in zip(exact, case.results(dtype, gate), strict=True):
                 assert_matches(expected, got, bound)
 
@@ -185,7 +186,14 @@ def test_query_and_key_are_normed_in_their_memory(dtype: torch.dtype, bound: flo
     assert_detects(check, first)
 
 
-def test_attention_with_norms_is_the_same_in_place_and_with_a_gradient() -> None:
+def test_attention_with_norms_is_the_same_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, used = norms.rms_norm_pair_, []
+
+    def noted(*inputs: Any) -> None:
+        used.append(1)
+        kernel(*inputs)
+
+    monkeypatch.setattr(norms, "rms_norm_pair_", noted)
     config = replace(preset("tiny").config.dit, qk_norm=True)
     layer = LinearSelfAttention(config).to(DEVICE)
     with torch.no_grad():
@@ -193,6 +201,9 @@ def test_attention_with_norms_is_the_same_in_place_and_with_a_gradient() -> None
         layer.key_norm.weight.copy_(draw(config.width, seed=6))
     x = draw(3, 4, config.width, seed=1)
     expected = layer(x).detach()
+    with ops.force("triton"):
+        assert_matches(expected, layer(x).detach(), 3e-6)
+    assert not used, "with a gradient each is a pass of its own"
 
     def check(x: Tensor) -> None:
         with ops.force("triton"), torch.no_grad():
@@ -201,6 +212,7 @@ def test_attention_with_norms_is_the_same_in_place_and_with_a_gradient() -> None
                 assert_matches(expected[: 3 - perturbed], got[: 3 - perturbed], 3e-6)
 
     check(x)
+    assert len(used) == 2
     assert_detects(check, x * 1.1)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.products import update
 from numerics import assert_detects, assert_matches
-from sana.kernels import ops, products, reference
+from sana.kernels import chosen, ops, products, reference
 from sana.kernels.chosen import CHOSEN, Algorithm, Shape
-from sana.models.rounding import Product, scaled_weight
+from sana.kernels.reference import FP8
+from sana.models.rounding import Product, Scaled, scaled_weight
 
 GOOD, OTHER, WIDE = (Algorithm(66, tile, 3, 35, 5) for tile in (20, 24, 99))
 
@@ -244,34 +248,158 @@ def test_the_table_is_of_the_official_networks() -> None:
         assert algorithm.family and algorithm.stages
 
 
-def test_on_a_cpu_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError
+@dataclass
+class Played:
+    """What `_plan` asks of a tensor on a GPU, without one."""
 
-    monkeypatch.setattr(products, "_made", refuse)
-    layer = Product(7, 3).bfloat16()
-    x = draw(2, 5, 7, seed=1)
-    with torch.no_grad(), ops.trying("chosen_products"), products.watching() as seen:
-        expected = F.linear(x, layer.weight, layer.bias)
-        assert torch.equal(layer(x), expected)
-        out = torch.empty_like(expected)
-        layer.into(x, out)
-        assert_matches(expected, out, 3e-3)
-    assert not seen
+    shape: torch.Size
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda:0"
+    is_cuda: bool = True
+    requires_grad: bool = False
+    address: int = 512
+    dense: bool = True
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def is_contiguous(self) -> bool:
+        return self.dense
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def get_device(self) -> int:
+        return 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def played(*shape: int, **facts: Any) -> Any:
+    return Played(torch.Size(shape), **facts)
+
+
+BAD: dict[str, Callable[[], list[Any]]] = {
+    "another K": lambda: [played(2, 4, 8), played(3, 7), played(3)],
+    "a bias of another length": lambda: [played(2, 4, 7), played(3, 7), played(4)],
+    "a weight on the host": lambda: [played(2, 4, 7), played(3, 7, device="cpu"), played(3)],
+    "fp16": lambda: [played(2, 4, 7, dtype=torch.float16), played(3, 7), played(3)],
+    "a bias in fp32": lambda: [played(2, 4, 7), played(3, 7), played(3, dtype=torch.float32)],
+    "an odd address": lambda: [played(2, 4, 7), played(3, 7, address=264), played(3)],
+    "a slice": lambda: [played(2, 4, 7, dense=False), played(3, 7), played(3)],
+    "no rows": lambda: [played(0, 4, 7), played(3, 7), played(3)],
+    "on the CPU": lambda: [played(2, 4, 7, is_cuda=False), played(3, 7), played(3)],
+    "a result in fp32": lambda: [
+        played(2, 4, 7), played(3, 7), played(3), played(2, 4, 3, dtype=torch.float32)
+    ],
+    "one scale": lambda: [
+        played(2, 4, 7, dtype=FP8), played(3, 7, dtype=FP8), played(3), played(2, 4, 3),
+        (played(1, 3, dtype=torch.float32), played(1, dtype=torch.float32)),
+    ],
+}  # fmt: skip
+
+
+def test_only_what_the_library_takes_gets_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Shape] = []
+
+    def made(shape: Shape, _wanted: Algorithm, _device: int) -> Any:
+        asked.append(shape)
+        return SimpleNamespace(is_broken=False)
+
+    monkeypatch.setattr(products, "_made", made)
+    good = [played(2, 4, 7), played(3, 7), played(3)]
+    shapes = [Shape(8, 3, 7, True), Shape(8, 3, 7, False), Shape(8, 3, 7, True, in_fp8=True)]
+    table = dict.fromkeys(shapes, GOOD)
+    with ops.force("triton"), products.trying(table):
+        assert products._plan(*good) and products._plan(*good[:2], None)
+        narrow = [replace(part, dtype=FP8) for part in good[:2]]
+        scales = tuple(played(1, count, dtype=torch.float32) for count in (3, 8))
+        assert products._plan(*narrow, good[2], played(2, 4, 3), scales)
+        assert asked == shapes
+        for what, parts in BAD.items():
+            assert products._plan(*parts()) is None, what
+        asks = [replace(good[0]), replace(good[1], requires_grad=True), good[2]]
+        monkeypatch.setattr(ops, "is_inference", lambda *own: not any(x.requires_grad for x in own))
+        assert products._plan(*asks) is None
+        with ops.trying(without=["chosen_products"]):
+            assert products._plan(*good) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+            assert products._plan(*good) is None
+    with ops.force("reference"), products.trying(table):
+        assert products._plan(*good) is None
+    with ops.force("triton"), products.trying({}):
+        assert products._plan(*good) is None
+    assert asked == shapes
+
+
+@pytest.mark.parametrize("refused", ["cublasLtMatmulDescSetAttribute", "cublasLtCreate"])
+def test_a_library_that_knows_no_scales_of_rows_leaves_products_to_torch(
+    library: Library, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    set_plain = library.cublasLtMatmulDescSetAttribute
+
+    def set_attribute(which: Any, attribute: Any, *rest: Any) -> int:
+        return 7 if attribute.value in (31, 32) else set_plain(which, attribute, *rest)
+
+    if refused == "cublasLtCreate":
+
+        def handle(device: int) -> Any:
+            raise RuntimeError("cublasLtCreate")
+
+        monkeypatch.setattr(products, "_handle", handle)
+    else:
+        monkeypatch.setattr(library, refused, set_attribute, raising=False)
+    facts = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    make = products._made.__wrapped__
+    assert make(Shape(8, 3, 7, True, in_fp8=True), GOOD, 0) is None
+    assert (make(Shape(8, 3, 7, True), GOOD, 0) is None) == (refused == "cublasLtCreate")
+    facts.multi_processor_count = 114
+    assert make(Shape(8, 3, 7, True), GOOD, 0) is None, "another chip"
+
+
+def test_layers_can_be_compiled_whole() -> None:
+    layer = Product(7, 3).bfloat16().requires_grad_(False)
+    narrow, x = Scaled(layer), draw(2, 5, 7, seed=1)
+    out = torch.empty(2, 5, 3, dtype=torch.bfloat16)
+    for call in (lambda x: layer(x), lambda x: layer.into(x, out), lambda x: narrow(x)):
+        torch.compile(call, backend="eager", fullgraph=True)(x)
+    assert_matches(layer(x), out, 3e-3)
+
+
+def test_the_benchmark_writes_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "chosen.py"
+    path.write_text(Path(chosen.__file__).read_text())
+    table = {Shape(8, 3, 7, True): GOOD, Shape(8, 3, 7, False, in_fp8=True): OTHER}
+    for rows in (table, {}, table):
+        update(rows, path)
+        found: dict[str, Any] = {}
+        exec(path.read_text(), found)
+        assert found["CHOSEN"] == rows
+    assert path.read_text().count("Shape(8") == 2
+
+
+@pytest.mark.gpu
 def test_products_on_a_gpu_are_torchs() -> None:
+    facts = torch.cuda.get_device_properties(0)
+    if (facts.major, facts.minor, facts.multi_processor_count) != products.DEVICE:
+        pytest.skip("the table is of another chip")
     generator = torch.Generator("cuda").manual_seed(1)
-    for shape in CHOSEN:
-        if shape.in_fp8 or shape.rows > 4096 or torch.cuda.get_device_capability() != (9, 0):
-            continue
-        draw = [
-            torch.randn(sides, generator=generator, device="cuda").bfloat16()
-            for sides in ((shape.rows, shape.values), (shape.results, shape.values))
-        ]
-        bias = draw[1][:, 0].contiguous() if shape.has_bias else None
-        with torch.no_grad(), ops.trying("chosen_products"):
-            got = products.product(*draw, bias)
-        assert got is not None
-        assert_matches(F.linear(*draw, bias), got, 1e-4)  # floor 0: sums in the same order
+
+    def draw(*sides: int) -> Tensor:
+        return torch.randn(sides, generator=generator, device="cuda")
+
+    for shape in (shape for shape in CHOSEN if shape.rows <= 4096):
+        x, weight = draw(shape.rows, shape.values), draw(shape.results, shape.values)
+        bias = draw(shape.results).bfloat16() if shape.has_bias else None
+        out = torch.full((shape.rows, shape.results), float("nan"), device="cuda").bfloat16()
+        with torch.no_grad():
+            if shape.in_fp8:
+                rows, (values, scale) = reference.scaled_rows(x), scaled_weight(weight)
+                assert products.scaled_into(rows.values, values, (scale, rows.scale), bias, out)
+                expected = ops.scaled_product(rows, values, scale, bias, torch.empty_like(out))
+            else:
+                x, weight = x.bfloat16(), weight.bfloat16()
+                assert products.into(x, weight, bias, out)
+                expected = F.linear(x, weight, bias)
+        assert_matches(expected, out, 3e-3 if shape.in_fp8 else 1e-4)  # floor 0 in bf16

@@ -29,9 +29,9 @@ def test_what_is_tried_is_used_inside_alone() -> None:
 
 
 def test_what_is_proven_can_be_left_out() -> None:
-    with ops.trying("cross_attention", without=["split_norm"]):
-        assert ops.allows("cross_attention") and not ops.allows("split_norm")
-    assert ops.allows("split_norm")
+    with ops.trying("cross_attention", without=["laid_text"]):
+        assert ops.allows("cross_attention") and not ops.allows("laid_text")
+    assert ops.allows("laid_text")
 
 
 def test_unproven_kernels_do_not_run_and_fp32_is_not_approximated(

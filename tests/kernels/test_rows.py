@@ -109,24 +109,22 @@ ROWS = {torch.float32: 2e-3, torch.bfloat16: 6e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def check_rows(case: Case, exact: list[Tensor], *ways: Way, **fault: float) -> None:
-    without: tuple[Way, ...] = () if "split_rows" in ways else ("split_rows",)
-    with ops.force("triton"), ops.trying(*ways, without=without):
+def check_rows(case: Case, exact: list[Tensor], *without: Way, **fault: float) -> None:
+    with ops.force("triton"), ops.trying(without=without):
         got = case.results(**fault)
     for index, (expected, result) in enumerate(zip(exact, got, strict=True)):
         assert_matches(expected, result, (ROWS if index % 2 else SUMS)[case.dtype])
 
 
 @DTYPES
-@pytest.mark.parametrize("way", ["scaled_rows", "split_rows"])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 3), (5, 64), (1, 1100)])
-def test_norms_write_rows(tokens: int, width: int, way: Way, dtype: torch.dtype) -> None:
+def test_norms_write_rows(tokens: int, width: int, dtype: torch.dtype) -> None:
     """In one piece, or where it is split of 1024 and 76 columns."""
     case = Case(tokens, width, dtype)
     exact = case.results(torch.float64)
-    check_rows(case, exact, way)
-    assert_detects(lambda limit: check_rows(case, exact, way, limit=limit), 0.5)
-    assert_detects(lambda shift: check_rows(case, exact, way, shift=shift), 1.5)
+    check_rows(case, exact)
+    assert_detects(lambda limit: check_rows(case, exact, limit=limit), 0.5)
+    assert_detects(lambda shift: check_rows(case, exact, shift=shift), 1.5)
 
 
 @DTYPES
@@ -136,13 +134,11 @@ def test_norms_write_rows_with_a_lone_texts_row(
 ) -> None:
     case = Case(tokens, width, dtype, lone)
     exact = case.results(torch.float64)
-    # It knows no lone text, and would read beyond the branch.
-    monkeypatch.setattr(norms, "residual_norm_rows", None)
-    check_rows(case, exact)
+    check_rows(case, exact, "scaled_rows")
     monkeypatch.setattr(ops, "scaled_rows", None)
-    check_rows(case, exact, "split_rows")
+    check_rows(case, exact)
     for fault in ({"limit": 0.5}, {"shift": 1.5}, {"row": 1.5}):
-        assert_detects(lambda own: check_rows(case, exact, "split_rows", **own), fault)
+        assert_detects(lambda own: check_rows(case, exact, **own), fault)
 
 
 def test_gradients_know_a_lone_texts_row() -> None:
@@ -165,7 +161,7 @@ def test_what_is_not_finite_spoils_its_row_in_either_piece(width: int) -> None:
     x[0, 1, 3], x[0, 2, width - 1], value[0, 3, width - 1] = torch.nan, torch.inf, torch.nan
     modulation = (Row(table[0], table[:1]), Row(table[1], table[:1]))
     for norm in (modulation, None):
-        with ops.force("triton"), ops.trying("split_rows"):
+        with ops.force("triton"):
             bad = ~wide(scaled.add_and_scale(x, Branch(value), norm)[1])[0].isfinite()
         assert bad.all(1).tolist() == bad.any(1).tolist() == [False, True, True, True, False]
 

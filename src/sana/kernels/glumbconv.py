@@ -25,6 +25,8 @@ SEGMENT = 32
 SHORTER = 16
 """The same where else there were fewer than `ENOUGH` programs."""
 ENOUGH = 1024
+BOTH_AHEAD = True
+"""Whether gates too are read a column ahead, where SiLU is the approximated one."""
 MOST_REGISTERS = 168
 """With more, fewer programs would be there at a time."""
 
@@ -218,7 +220,8 @@ def glu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, fast: bool) -> Tensor
         F=F, SEGMENT=segment, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
         FAST=2 if fast and is_nvidia else 0,
         # Triton's own SiLU takes more registers: some values would go to memory.
-        BOTH=fast or not is_nvidia, **({"maxnreg": MOST_REGISTERS} if is_nvidia else {}),
+        BOTH=BOTH_AHEAD and (fast or not is_nvidia),
+        **({"maxnreg": MOST_REGISTERS} if is_nvidia else {}),
     )  # fmt: skip
     return out
 

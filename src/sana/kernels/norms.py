@@ -1,17 +1,14 @@
-"""Norms with what stands around them, each in one pass over channels-last rows, forward only.
+"""RMSNorms with what stands around them, each in one pass over channels-last rows, forward only.
 
-Adaptive LayerNorm with the residual before it: total = x + gate * branch and
-normed = LN(total) (1 + scale) + shift (adaLN-single, PixArt-alpha, arXiv 2310.00426), where gate,
-shift and scale are each the sum of a block's row and the time's. RMSNorm with weight, bias,
-activation and residual: out = act(x / rms(x) * weight + bias) + residual. A convolution's bias with
-the activation after it. Statistics and sums are fp32; a result is rounded once.
+out = act(x / rms(x) * weight + bias) + residual; and a convolution's bias with the activation after
+it. Statistics and sums are fp32; a result is rounded once. What `split_norm` and `norms_gradient`
+share of the adaptive LayerNorm (adaLN-single, PixArt-alpha, arXiv 2310.00426) is here too: gate,
+shift and scale are each the sum of a block's row and the time's.
 
 Shape letters: B batch, N tokens, C channels, M rows in all.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from sana.kernels import rows
 from sana.kernels.launching import op
-from sana.kernels.rows import TILE, as_rows, empty_rows, warps
+from sana.kernels.rows import TILE, warps
 
 PLAIN, RELU, SILU = 0, 1, 2
 
@@ -37,50 +34,6 @@ def load_row(table, time, c, C):
     """A block's row and the time's, summed, in fp32."""
     own = tl.load(table + c, mask=c < C, other=0.0).to(tl.float32)
     return own + tl.load(time + c, mask=c < C, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _residual_norm(
-    x_ptr, branch_ptr, total_ptr, normed_ptr, row_scale_ptr,
-    gate_table, gate_time, shift_table, shift_time, scale_table, scale_time,
-    N, C, eps, limit, gB, sB, cB,
-    HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    HAS_NORM: tl.constexpr, ROUNDS: tl.constexpr, IN_ROWS: tl.constexpr, NATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row of `total` and `normed`; IN_ROWS: `normed`, or the total without it, in fp8.
-
-    ROUNDS: without a norm, the total goes into `normed` as it is, in that one's dtype.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    batch = row // N
-    c = tl.arange(0, BLOCK)
-    inside = c < C
-    x = tl.load(x_ptr + row * C + c, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
-        branch = tl.load(branch_ptr + row * C + c, mask=inside, other=0.0).to(tl.float32)
-        if HAS_LIMIT:
-            branch = clipped(branch, limit)
-        if HAS_GATE:
-            branch = branch * load_row(gate_table, gate_time + batch * gB, c, C)
-        total = (x + branch).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * C + c, total, mask=inside)
-        x = total.to(tl.float32)
-    if HAS_NORM:
-        mean = tl.sum(x, 0) / C
-        centered = tl.where(inside, x - mean, 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
-        scale = load_row(scale_table, scale_time + batch * cB, c, C)
-        shift = load_row(shift_table, shift_time + batch * sB, c, C)
-        x = centered * rstd * (1 + scale) + shift
-    if IN_ROWS:
-        values, row_scale = as_rows(x, 0, NATIVE)
-        values = values.to(normed_ptr.dtype.element_ty)
-        tl.store(normed_ptr + row * C + c, values, mask=inside)
-        tl.store(row_scale_ptr + row, row_scale)
-    elif HAS_NORM or ROUNDS:
-        normed = x.to(normed_ptr.dtype.element_ty)
-        tl.store(normed_ptr + row * C + c, normed, mask=inside)
 
 
 @triton.jit
@@ -142,61 +95,6 @@ def _bias_act(x_ptr, bias_ptr, count, C, KIND: tl.constexpr, BLOCK: tl.constexpr
     tl.store(x_ptr + at, _activate(x, KIND).to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@op("residual_norm")
-def residual_norm(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: list[Tensor],
-    shift: list[Tensor],
-    scale: list[Tensor],
-    eps: float,
-    limit: float,
-) -> tuple[Tensor, Tensor]:
-    """x (B, N, C) -> total and normed (B, N, C); what is not asked for has no elements.
-
-    Without `branch` there is no total, with an empty `scale` no normed, with an empty `gate` the
-    branch is added as it is. Each of gate, shift and scale is a row (C,) and one of the time
-    (B or 1, C), to be summed. `limit` clips the branch; 0 does not.
-    """
-    x = x.contiguous()
-    total, normed = asked(x, branch is not None), asked(x, bool(scale))
-    _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, normed, None))
-    return total, normed
-
-
-@residual_norm.register_fake
-def _(
-    x: Tensor, branch: Tensor | None, _gate: Any, _shift: Any, scale: list[Tensor], *_: float
-) -> tuple[Tensor, Tensor]:
-    return asked(x, branch is not None), asked(x, bool(scale))
-
-
-@op("residual_norm_rows")
-def residual_norm_rows(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: list[Tensor],
-    shift: list[Tensor],
-    scale: list[Tensor],
-    eps: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `residual_norm`, but for rows in fp8 (B, N, C) and their scales (B, N, 1).
-
-    They are of the normed, or with an empty `scale` of the total, which is there as it is too.
-    """
-    x = x.contiguous()
-    total = asked(x, branch is not None)
-    values, scales = empty_rows(x)
-    _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, values, scales))
-    return total, values, scales
-
-
-@residual_norm_rows.register_fake
-def _(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return asked(x, branch is not None), *empty_rows(x)
-
-
 @op("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (B, N, C), perhaps a slice of wider rows -> x / rms(x) * weight, contiguous."""
@@ -252,35 +150,6 @@ def has_rows(x: Tensor) -> bool:
 def asked(x: Tensor, is_asked: bool) -> Tensor:
     """Memory for a result like x, contiguous; without elements if nobody asks for it."""
     return x.new_empty(x.shape if is_asked else 0)
-
-
-def _launch_residual(
-    x: Tensor,
-    branch: Tensor | None,
-    pairs: tuple[list[Tensor], list[Tensor], list[Tensor]],
-    eps: float,
-    limit: float,
-    results: tuple[Tensor, Tensor, Tensor | None],
-    rounds: bool = False,
-) -> None:
-    """`pairs` are gate, shift and scale; `results` total, normed, and scales of rows if in fp8.
-
-    If it `rounds` and there is no norm, the total goes into the memory for normed, if there is any.
-    """
-    B, N, C = x.shape
-    gate, _, scale = pairs
-    parts = [row_of(pair, x) for pair in pairs]
-    total, normed, scales = results
-    block = triton.next_power_of_2(C)
-    _residual_norm[(B * N,)](
-        x, x if branch is None else branch.contiguous(), total, normed,
-        total if scales is None else scales,
-        *(part for row in parts for part in row), N, C, eps, limit,
-        *(time_stride(row) for row in parts),
-        HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
-        HAS_NORM=bool(scale), ROUNDS=rounds and normed.numel() > 0, IN_ROWS=scales is not None,
-        NATIVE=x.is_cuda, BLOCK=block, num_warps=warps(block),
-    )  # fmt: skip
 
 
 def _launch(

@@ -1,4 +1,4 @@
-"""`norms.residual_norm` for training: with gradients, and of mixed dtypes as under autocast.
+"""Residual, norm and modulation for training: with gradients, of mixed dtypes as under autocast.
 
 total = x + gate * clip(branch) is as wide as the widest of its parts, normed = LN(total)
 (1 + scale) + shift, or the total itself without a norm, as narrow as the product that takes it.
@@ -21,13 +21,49 @@ from torch import Tensor
 
 from sana.kernels import rows
 from sana.kernels.launching import op
-from sana.kernels.norms import _launch_residual, clipped, load_row, row_of, time_stride
+from sana.kernels.norms import clipped, load_row, row_of, time_stride
+from sana.kernels.rows import warps
 
 TOKENS = 16
 """Of one program."""
 NUM_WARPS = 4
 GATE, SHIFT, SCALE = range(3)
 """Places in the sums."""
+
+
+@triton.jit
+def _residual_norm(
+    x_ptr, branch_ptr, total_ptr, normed_ptr,
+    gate_table, gate_time, shift_table, shift_time, scale_table, scale_time,
+    N, C, eps, limit, gB, sB, cB,
+    HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    HAS_NORM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row; ROUNDS: without a norm the total goes into `normed`, in that one's dtype."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // N
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    x = tl.load(x_ptr + row * C + c, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        branch = tl.load(branch_ptr + row * C + c, mask=inside, other=0.0).to(tl.float32)
+        if HAS_LIMIT:
+            branch = clipped(branch, limit)
+        if HAS_GATE:
+            branch = branch * load_row(gate_table, gate_time + batch * gB, c, C)
+        total = (x + branch).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * C + c, total, mask=inside)
+        x = total.to(tl.float32)
+    if HAS_NORM:
+        mean = tl.sum(x, 0) / C
+        centered = tl.where(inside, x - mean, 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
+        scale = load_row(scale_table, scale_time + batch * cB, c, C)
+        shift = load_row(shift_table, shift_time + batch * sB, c, C)
+        x = centered * rstd * (1 + scale) + shift
+    if HAS_NORM or ROUNDS:
+        normed = x.to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + row * C + c, normed, mask=inside)
 
 
 @triton.jit
@@ -106,14 +142,14 @@ def trained_norm(
     limit: float,
     rounds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x (B, N, C) -> total and normed (B, N, C), as `norms.residual_norm`; see above for dtypes.
+    """x (B, N, C) -> total and normed (B, N, C), see above.
 
     Without a `scale`, and if it `rounds`, the second is the total in the branch's dtype, or
     without elements if that is the total's.
     """
     x = x.contiguous()
     total, normed = _results(x, branch, gate, scale, rounds)
-    _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, normed, None), rounds)
+    _launch_residual(x, branch, (gate, shift, scale), eps, limit, (total, normed), rounds)
     return total, normed
 
 
@@ -226,3 +262,32 @@ def _of_row(place: int, both: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], row
 
 
 trained_norm.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _launch_residual(
+    x: Tensor,
+    branch: Tensor | None,
+    pairs: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    eps: float,
+    limit: float,
+    results: tuple[Tensor, Tensor],
+    rounds: bool,
+) -> None:
+    """`pairs` are gate, shift and scale, each a row (C,) and one of the time (B or 1, C), or none.
+
+    `results` are total and normed. If it `rounds` and there is no norm, the total goes into the
+    memory for normed, if there is any.
+    """
+    B, N, C = x.shape
+    gate, _, scale = pairs
+    parts = [row_of(pair, x) for pair in pairs]
+    total, normed = results
+    block = triton.next_power_of_2(C)
+    _residual_norm[(B * N,)](
+        x, x if branch is None else branch.contiguous(), total, normed,
+        *(part for row in parts for part in row), N, C, eps, limit,
+        *(time_stride(row) for row in parts),
+        HAS_BRANCH=branch is not None, HAS_GATE=bool(gate), HAS_LIMIT=limit > 0,
+        HAS_NORM=bool(scale), ROUNDS=rounds and normed.numel() > 0,
+        BLOCK=block, num_warps=warps(block),
+    )  # fmt: skip

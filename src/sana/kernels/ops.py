@@ -405,14 +405,10 @@ def _fused_norm(
     x: Tensor, branch: Branch | None, shift: Iterable[Tensor] = (), scale: Iterable[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """x with its branch, and its norm with shift and scale, of what is asked for."""
+    from sana.kernels import split_norm as split
+
     value, own, gate, limit = flat(branch)
-    parts = (gate, [*shift], [*scale], NORM_EPS, limit)
-    if own or allows("split_norm"):
-        from sana.kernels import split_norm as split
-
-        both: tuple[Tensor, Tensor] = split.split_norm(x, value, own, *parts)
-        return both
-    from sana.kernels import norms
-
-    both = norms.residual_norm(x, value, *parts)
+    both: tuple[Tensor, Tensor] = split.split_norm(
+        x, value, own, gate, [*shift], [*scale], NORM_EPS, limit
+    )
     return both

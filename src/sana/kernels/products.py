@@ -1,10 +1,10 @@
 """Plain matrix products, each by the algorithm of cuBLASLt that a whole step prefers.
 
 cuBLAS guesses an algorithm from the sizes. Where products follow each other without a pause, as in
-the steps of a large transformer, an H100 slows down, and kernels with other tiles are faster by up
-to a seventh; those that get no workspace need no counter in it, which torch's products clear before
-each (5 us in a CUDA graph). `benchmarks/products.py` times the algorithms and prints the rows of
-`chosen.CHOSEN`; sums run in the same order in all of them, so results are torch's, bit for bit.
+the steps of a large transformer, an H100 slows down, and kernels with other tiles are faster; those
+that get no workspace need no counter in it, which torch's products clear before each.
+`benchmarks/products.py` times the algorithms and prints the rows of `chosen.CHOSEN`; in bf16 sums
+run in the same order in all of them, so results are torch's.
 
 Where the table has no row that is near, or the library no such algorithm, a product is torch's.
 cuBLASLt is the library that torch has loaded, called through ctypes, since torch lets nobody name
@@ -21,8 +21,9 @@ import contextlib
 import ctypes
 import logging
 import math
+import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,6 +41,8 @@ NEAR = 1.3
 """A row of the table also serves products with so many times its rows, or as much fewer."""
 MOST = 24
 """Algorithms that cuBLASLt is asked for."""
+DEVICE = (9, 0, 132)
+"""Capability and processors of an H100 or H200, which the table is of."""
 ALIGNED = 256
 """Bytes that all addresses are multiples of, as its algorithms expect."""
 
@@ -108,7 +111,10 @@ class Plan:
         self._ask("cublasLtMatmulPreferenceDestroy", wishes)
         number = 0 if code else count.value  # an error says that there is none
         good = [found.algorithm for found in results[:number] if not found.state]
-        return {self._named(algorithm): algorithm for algorithm in good}
+        named: dict[Algorithm, ctypes.Array[c_uint64]] = {}
+        for algorithm in good:  # of those that differ in what has no name here, the first
+            named.setdefault(self._named(algorithm), algorithm)
+        return named
 
     def choose(self, wanted: Algorithm) -> bool:
         """Whether there is such an algorithm, without a workspace; then `run` uses it."""
@@ -187,12 +193,11 @@ class Plan:
 
 @dataclass
 class _State:
-    """Changed by `trying` and `watching` alone."""
+    """Changed by `trying` alone."""
 
     table: Mapping[Shape, Algorithm]
     known: dict[Shape, Algorithm | None] = field(default_factory=dict)
     """What `nearest` has said of the table."""
-    seen: set[Shape] | None = None
 
 
 _state = _State(CHOSEN)
@@ -209,8 +214,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 def into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
     """The same, written into `out`, contiguous; False where torch is to do it."""
-    fits = out.dtype == x.dtype and out.data_ptr() % ALIGNED == 0
-    plan = _plan(x, weight, bias) if fits else None
+    plan = _plan(x, weight, bias, out)
     return plan is not None and _does(plan, x, weight, bias, out)
 
 
@@ -222,9 +226,7 @@ def scaled_into(
     out: Tensor,
 ) -> bool:
     """The same of x (..., K) and weight (N, K) in fp8, with the weight's scales and x's."""
-    fits = out.dtype == torch.bfloat16 and out.data_ptr() % ALIGNED == 0
-    fits = fits and all(s.is_contiguous() and s.data_ptr() % 16 == 0 for s in scales)
-    plan = _plan(x, weight, bias, torch.float8_e4m3fn) if fits else None
+    plan = _plan(x, weight, bias, out, scales)
     return plan is not None and _does(plan, x, weight, bias, out, scales)
 
 
@@ -237,16 +239,6 @@ def trying(table: Mapping[Shape, Algorithm]) -> Iterator[None]:
         yield
     finally:
         _state.table, _state.known = before
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[set[Shape]]:
-    """The shapes of the products inside that an algorithm could be chosen for."""
-    _state.seen = set()
-    try:
-        yield _state.seen
-    finally:
-        _state.seen = None
 
 
 def nearest(table: Mapping[Shape, Algorithm], shape: Shape) -> Algorithm | None:
@@ -262,25 +254,48 @@ def _apart(first: Shape, second: Shape) -> float:
 
 
 def _plan(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.bfloat16
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+    scales: tuple[Tensor, ...] = (),
 ) -> Plan | None:
-    if not x.is_cuda or torch.compiler.is_compiling() or not ops.allows("chosen_products"):
+    """Where all is as the library wants it, and the table has a row; in fp8 with `scales`."""
+    # First what may be asked of any tensor, and of a compiler's.
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return None
-    parts = (x, weight) if bias is None else (x, weight, bias)
-    fits = x.dtype == weight.dtype == dtype and (bias is None or bias.dtype == torch.bfloat16)
-    if not fits or not x.numel() or not ops.is_inference(*parts) or not ops.uses_triton(x):
+    if not ops.allows("chosen_products") or not ops.uses_triton(x) or not x.numel():
         return None
-    if any(part.data_ptr() % ALIGNED or not part.is_contiguous() for part in parts):
+    wide = [part for part in (bias, out) if part is not None]
+    factors = (x, weight)
+    if not (_fit(factors, wide, scales) and ops.is_inference(*factors, *wide)):
         return None
     rows, (results, values) = math.prod(x.shape[:-1]), weight.shape
-    shape = Shape(rows, results, values, bias is not None, dtype.itemsize == 1)
-    if _state.seen is not None:
-        _state.seen.add(shape)
+    if x.shape[-1] != values or (bias is not None and bias.shape != (results,)):
+        return None
+    shape = Shape(rows, results, values, bias is not None, bool(scales))
+    if [scale.numel() for scale in scales] not in ([], [results, rows]):
+        return None
     if shape not in _state.known:
         _state.known[shape] = nearest(_state.table, shape)
     wanted = _state.known[shape]
     plan = None if wanted is None else _made(shape, wanted, x.get_device())
     return None if plan is None or plan.is_broken else plan
+
+
+def _fit(factors: Iterable[Tensor], wide: Iterable[Tensor], scales: Sequence[Tensor]) -> bool:
+    """Whether dtypes, device and memory of a product's parts are what the library takes."""
+    narrow = torch.float8_e4m3fn if scales else torch.bfloat16
+    kinds = ((factors, narrow), (wide, torch.bfloat16), (scales, torch.float32))
+    parts = [(part, dtype) for own, dtype in kinds for part in own]
+    device = parts[0][0].device
+    return all(
+        part.dtype == dtype
+        and part.device == device
+        and part.is_contiguous()
+        and part.data_ptr() % (ALIGNED if dtype != torch.float32 else 16) == 0
+        for part, dtype in parts
+    )
 
 
 def _does(plan: Plan, x: Tensor, *others: Any) -> bool:
@@ -296,22 +311,29 @@ def _does(plan: Plan, x: Tensor, *others: Any) -> bool:
 
 @cache
 def _made(shape: Shape, wanted: Algorithm, device: int) -> Plan | None:
-    """None where the device or the library has no such algorithm."""
-    if library() is None or torch.cuda.get_device_capability(device) != (9, 0):
+    """None where the device is another one than the table's, or the library has no such thing."""
+    facts = torch.cuda.get_device_properties(device)
+    own = (facts.major, facts.minor, facts.multi_processor_count)
+    if library() is None or own != DEVICE:
         return None
-    with torch.cuda.device(device):
-        plan = Plan(shape)
-        return plan if plan.choose(wanted) else None
+    try:
+        with torch.cuda.device(device):
+            plan = Plan(shape)
+            return plan if plan.choose(wanted) else None
+    except RuntimeError as error:  # before CUDA 12.9 it knows no scales of rows
+        logger.info("%s; such products are torch's", error)
+        return None
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """cuBLASLt as torch has loaded it; None where it has not."""
+    """cuBLASLt as torch has loaded it, or else as it is found; None where there is none."""
     major = (torch.version.cuda or "").partition(".")[0]
-    try:
-        return ctypes.CDLL(f"libcublasLt.so.{major}")
-    except OSError:
-        return None
+    loaded = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_NOW", 0)
+    for mode in (loaded, ctypes.DEFAULT_MODE):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(f"libcublasLt.so.{major}", mode=mode)
+    return None
 
 
 @cache

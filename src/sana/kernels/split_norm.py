@@ -1,9 +1,11 @@
-"""`norms.residual_norm` for widths far below a power of two, and for a branch of a lone text.
+"""The transformer's residual, LayerNorm and modulation in one pass, forward only.
 
-A row of 2240 channels is held as 2048 and 192 (of 512) instead of 4096, by two warps. The first
-samples may have one row for all of their tokens (`reference.Lone`), which is read here and written
-nowhere else. Statistics and sums are fp32; a result is rounded once. `split_norm_rows` gives rows
-in fp8, as `norms.residual_norm_rows`.
+total = x + gate * clip(branch), normed = LN(total) (1 + scale) + shift, with each row's own part
+and the time's summed here (Sana, arXiv 2410.10629, section 2.2). A row of 2240 channels is held as
+2048 and 192 (of 512) instead of 4096, by two warps. The first samples may have one row for all of
+their tokens (`reference.Lone`), which is read here and written nowhere else. Statistics and sums
+are fp32; a result is rounded once. `split_norm_rows` gives rows in fp8, with one scale over both
+pieces.
 
 Shape letters: B batch, N tokens, C channels, L samples with a lone text.
 """
@@ -114,7 +116,7 @@ def _split_norm(
     HAS_LIMIT: tl.constexpr, HAS_NORM: tl.constexpr, IN_ROWS: tl.constexpr, NATIVE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """One row in FIRST and SECOND columns; SECOND may be 0. For IN_ROWS see `_residual_norm`."""
+    """One row in FIRST and SECOND columns; SECOND may be 0. IN_ROWS: rows are fp8."""
     at = tl.program_id(0).to(tl.int64)
     batch = at // N
     is_lone = batch < L
@@ -166,7 +168,11 @@ def split_norm(
     eps: float,
     limit: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `norms.residual_norm`.
+    """x (B, N, C) -> total and normed (B, N, C); what is not asked for has no elements.
+
+    Without `branch` there is no total, with an empty `scale` no normed, with an empty `gate` the
+    branch is added as it is. Each of gate, shift and scale is a row (C,) and one of the time
+    (B or 1, C). `limit` clips the branch; 0 does not.
 
     `lone` may be the row (L, 1, C), the value before it (B, N, C) and what others are with that
     (B - L, N, C), from `reference.Lone`; gate and limit are of the value before, and the branch
@@ -202,7 +208,10 @@ def split_norm_rows(
     eps: float,
     limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `norms.residual_norm_rows`; `lone` as above."""
+    """As `split_norm`, but for rows in fp8 (B, N, C) and their scales (B, N, 1).
+
+    They are of the normed, or with an empty `scale` of the total, which is there as it is too.
+    """
     x = x.contiguous()
     total = asked(x, branch is not None)
     values, scales = empty_rows(x)

@@ -351,10 +351,8 @@ class Block(nn.Module):
         """Whether the last norm reads a lone text's rows where they are; see `reference.Lone`."""
         if not isinstance(text, tuple) or len(text) != 3:
             return False
-        kind = type(self.cross_attention.output)
-        if kind is Scaled:
-            return scaled.joins_lone(x, text[2])
-        return kind is Product and ops.joins_lone(x, text[2])
+        is_own = type(self.cross_attention.output) in (Product, Scaled)  # no adapter's
+        return is_own and ops.joins_lone(x, text[2])
 
     def _beside(
         self, x: Tensor, attended: Branch, text: Tensor | tuple[Tensor, ...], bias: Tensor | None
