@@ -3,8 +3,8 @@
 cuBLAS guesses an algorithm from the sizes. Where products follow each other without a pause, as in
 the steps of a large transformer, an H100 slows down, and kernels with other tiles are faster; those
 that get no workspace need no counter in it, which torch's products clear before each.
-`benchmarks/products.py` times the algorithms and prints the rows of `chosen.CHOSEN`; in bf16 sums
-run in the same order in all of them, so results are torch's.
+`benchmarks/products.py` times the algorithms, compares what they give with torch's, which so far
+had the same bits, and prints the rows of `chosen.CHOSEN`.
 
 Where the table has no row that is near, or the library no such algorithm, a product is torch's.
 cuBLASLt is the library that torch has loaded, called through ctypes, since torch lets nobody name
