@@ -8,8 +8,8 @@
 A variant is a list of words: ways of `sana.kernels.proven` to be tried, with a minus to be left
 out, and constants of a module of `sana.kernels`, as glumbconv.BLOCK_F=64. Each gets a graph; then
 all are replayed in turn, some times one behind the other, some times one by one, so that they see
-the same clocks. Printed are medians in ms, how far
-the result is from fp32, and whether it is the same bits as the first variant's.
+the same clocks. Printed are medians in ms, how far the result is from fp32, and whether it is the
+same bits as the first variant's.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> int:
 def measure(name: str, options: argparse.Namespace) -> bool:
     """One network: its table, and with --profile its kernels."""
     device = torch.device("cpu" if options.tiny else "cuda")
-    call, exact = _network(name, device, options.tokens, is_tiny=options.tiny)
+    call, exact = subject(name, device, options.tokens, is_tiny=options.tiny)
     variants: list[Variant] = []
     failed = False
     for words in options.variants.split(";"):
@@ -107,7 +107,7 @@ def measure(name: str, options: argparse.Namespace) -> bool:
     return failed
 
 
-def _network(
+def subject(
     name: str, device: torch.device, tokens: int, *, is_tiny: bool
 ) -> tuple[Callable[[], Tensor], Tensor]:
     """What is computed, and its result in fp32 by plain ops."""
@@ -196,12 +196,17 @@ def _chosen(words: str) -> Iterator[None]:
 def _time(variant: Variant, options: argparse.Namespace) -> None:
     """One round: some replays one behind the other, and two that are waited for."""
     for times, count in ((variant.rows, options.row), (variant.alone, 1), (variant.alone, 1)):
-        began = time.perf_counter()
-        for _ in range(count):
-            variant.replay()
-        if not options.tiny:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) * 1000 / count)
+        times.append(replayed(variant.replay, count, waits=not options.tiny))
+
+
+def replayed(replay: Callable[[], None], count: int, *, waits: bool = True) -> float:
+    """Milliseconds of one of `count` replays, one behind the other."""
+    began = time.perf_counter()
+    for _ in range(count):
+        replay()
+    if waits:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) * 1000 / count
 
 
 def _profile(title: str, replay: Callable[[], None]) -> None:

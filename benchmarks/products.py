@@ -31,9 +31,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.errors import rel_rms  # noqa: E402
-from benchmarks.gaps import _network  # noqa: E402
+from benchmarks.gaps import replayed, subject  # noqa: E402
 from sana.kernels import chosen, ops, products  # noqa: E402
 from sana.kernels.chosen import CHOSEN, Algorithm, Shape  # noqa: E402
+from sana.kernels.reference import Rows  # noqa: E402
 from sana.pipelines.graphs import cuda_capture  # noqa: E402
 from sana.presets import preset  # noqa: E402
 
@@ -55,8 +56,8 @@ Replay = Callable[[], Any]
 def main() -> int:
     """0, or 1 where there is no such GPU."""
     options = _options()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        print("this needs a GPU of capability 9.0 (H100, H200): the table is for these alone")
+    if not torch.cuda.is_available() or not products.is_known(torch.cuda.current_device()):
+        print("this needs an H100 or H200 of 132 processors: the table is for these alone")
         return 1
     began = time.monotonic()
     with torch.inference_mode(), ops.trying("chosen_products"):
@@ -150,10 +151,8 @@ class Trial:
         if plan is not None:
             plan.run(x, weight, self.bias, self.out, self.scales)
         elif self.in_fp8:
-            torch._scaled_mm(
-                x, weight.t(), scale_a=self.scales[1], scale_b=self.scales[0], bias=self.bias,
-                out_dtype=self.out.dtype, use_fast_accum=True, out=self.out,
-            )  # fmt: skip
+            of_weight, of_x = self.scales
+            ops.scaled_product(Rows(x, of_x), weight, of_weight, self.bias, self.out)
         elif self.bias is None:
             torch.mm(x, weight.mT, out=self.out)
         else:
@@ -205,22 +204,18 @@ def race(replays: Mapping[Any, Replay], rounds: int, row: int = 1) -> list[tuple
     """Median ms of each, the fastest first."""
     taken: dict[Any, list[float]] = {name: [] for name in replays}
     order = list(replays)
+    torch.cuda.synchronize()
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(row):
-                replays[name]()
-            torch.cuda.synchronize()
-            taken[name].append(1000 * (time.perf_counter() - began) / row)
+            taken[name].append(replayed(replays[name], row))
     medians = [(name, statistics.median(own)) for name, own in taken.items()]
     return sorted(medians, key=lambda pair: pair[1])
 
 
 def race_steps(name: str, table: Mapping[Shape, Algorithm], options: argparse.Namespace) -> None:
     """A step with torch's products, twice, and with tables."""
-    call, exact = _network(name, torch.device("cuda"), 300, is_tiny=False)
+    call, exact = subject(name, torch.device("cuda"), 300, is_tiny=False)
     tables = {"torch": {}, "as it was": CHOSEN, "now": table, "torch again": {}}
     graphs: dict[str, Any] = {}
     with ops.force("triton"):

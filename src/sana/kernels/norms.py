@@ -47,6 +47,14 @@ def _activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _normed(x, weight_ptr, c, C, eps):
+    """x / rms(x) * weight of rows in fp32, columns c."""
+    rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    return x * rstd[:, None] * weight[None, :]
+
+
+@triton.jit
 def _rms_norm(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, M, C, eps, xM,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KIND: tl.constexpr,
@@ -57,8 +65,7 @@ def _rms_norm(
     c = tl.arange(0, BLOCK)
     inside = (m < M)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + m[:, None] * xM + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
-    x = x * rstd[:, None] * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    x = _normed(x, weight_ptr, c, C, eps)
     if HAS_BIAS:
         x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     x = _activate(x, KIND)
@@ -79,9 +86,7 @@ def _rms_norm_pair(
     weight_ptr = tl.where(tl.program_id(1) == 0, first_ptr, second_ptr)
     at = x_ptr + tl.program_id(1) * C + m[:, None] * xM + c[None, :]
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
-    x = x * rstd[:, None] * weight[None, :]
+    x = _normed(x, weight_ptr, c, C, eps)
     tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
@@ -145,11 +150,6 @@ def supports(x: Tensor, *others: Tensor | None) -> bool:
 def has_rows(x: Tensor) -> bool:
     """Whether x (B, N, C) is made of dense rows at one distance."""
     return x.stride(-1) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-
-
-def asked(x: Tensor, is_asked: bool) -> Tensor:
-    """Memory for a result like x, contiguous; without elements if nobody asks for it."""
-    return x.new_empty(x.shape if is_asked else 0)
 
 
 def _launch(

@@ -266,20 +266,19 @@ def _plan(
         return None
     if not ops.allows("chosen_products") or not ops.uses_triton(x) or not x.numel():
         return None
-    wide = [part for part in (bias, out) if part is not None]
-    factors = (x, weight)
-    if not (_fit(factors, wide, scales) and ops.is_inference(*factors, *wide)):
-        return None
     rows, (results, values) = math.prod(x.shape[:-1]), weight.shape
-    if x.shape[-1] != values or (bias is not None and bias.shape != (results,)):
-        return None
     shape = Shape(rows, results, values, bias is not None, bool(scales))
-    if [scale.numel() for scale in scales] not in ([], [results, rows]):
-        return None
     if shape not in _state.known:
         _state.known[shape] = nearest(_state.table, shape)
     wanted = _state.known[shape]
-    plan = None if wanted is None else _made(shape, wanted, x.get_device())
+    if wanted is None or x.shape[-1] != values or (bias is not None and bias.shape != (results,)):
+        return None
+    if [scale.numel() for scale in scales] not in ([], [results, rows]):
+        return None
+    wide = [part for part in (bias, out) if part is not None]
+    if not (_fit((x, weight), wide, scales) and ops.is_inference(x, weight, *wide)):
+        return None
+    plan = _made(shape, wanted, x.get_device())
     return None if plan is None or plan.is_broken else plan
 
 
@@ -312,9 +311,7 @@ def _does(plan: Plan, x: Tensor, *others: Any) -> bool:
 @cache
 def _made(shape: Shape, wanted: Algorithm, device: int) -> Plan | None:
     """None where the device is another one than the table's, or the library has no such thing."""
-    facts = torch.cuda.get_device_properties(device)
-    own = (facts.major, facts.minor, facts.multi_processor_count)
-    if library() is None or own != DEVICE:
+    if library() is None or not is_known(device):
         return None
     try:
         with torch.cuda.device(device):
@@ -323,6 +320,12 @@ def _made(shape: Shape, wanted: Algorithm, device: int) -> Plan | None:
     except RuntimeError as error:  # before CUDA 12.9 it knows no scales of rows
         logger.info("%s; such products are torch's", error)
         return None
+
+
+def is_known(device: int) -> bool:
+    """Whether the table is of such a GPU."""
+    facts = torch.cuda.get_device_properties(device)
+    return (facts.major, facts.minor, facts.multi_processor_count) == DEVICE
 
 
 @cache

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana.kernels.launching import op
-from sana.kernels.norms import asked, clipped, load_row, row_of, time_stride
+from sana.kernels.norms import clipped, load_row, row_of, time_stride
 from sana.kernels.rows import as_row_of_two, as_rows, empty_rows
 
 WARPS = 2
@@ -179,7 +179,7 @@ def split_norm(
     (B - L, N, C) has none.
     """
     x = x.contiguous()
-    total, normed = asked(x, branch is not None), asked(x, bool(scale))
+    total, normed = _asked(x, branch is not None), _asked(x, bool(scale))
     _launch(x, branch, lone, (gate, shift, scale), eps, limit, (total, normed, None))
     return total, normed
 
@@ -194,7 +194,7 @@ def _(
     scale: list[Tensor],
     *_: float,
 ) -> tuple[Tensor, Tensor]:
-    return asked(x, branch is not None), asked(x, bool(scale))
+    return _asked(x, branch is not None), _asked(x, bool(scale))
 
 
 @op("split_norm_rows")
@@ -213,7 +213,7 @@ def split_norm_rows(
     They are of the normed, or with an empty `scale` of the total, which is there as it is too.
     """
     x = x.contiguous()
-    total = asked(x, branch is not None)
+    total = _asked(x, branch is not None)
     values, scales = empty_rows(x)
     _launch(x, branch, lone, (gate, shift, scale), eps, limit, (total, values, scales))
     return total, values, scales
@@ -221,7 +221,7 @@ def split_norm_rows(
 
 @split_norm_rows.register_fake
 def _(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return asked(x, branch is not None), *empty_rows(x)
+    return _asked(x, branch is not None), *empty_rows(x)
 
 
 def _launch(
@@ -249,6 +249,11 @@ def _launch(
         HAS_LIMIT=limit > 0, HAS_NORM=bool(scale), IN_ROWS=scales is not None, NATIVE=x.is_cuda,
         FIRST=first, SECOND=second, num_warps=WARPS,
     )  # fmt: skip
+
+
+def _asked(x: Tensor, is_asked: bool) -> Tensor:
+    """Memory for a result like x, contiguous; without elements if nobody asks for it."""
+    return x.new_empty(x.shape if is_asked else 0)
 
 
 def _columns(width: int) -> tuple[int, int]:

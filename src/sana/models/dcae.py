@@ -159,14 +159,14 @@ class Decoder(nn.Module):
     def _pixels_at_once(self, x: Tensor) -> Tensor | None:
         """Norm, activation and head without a map between; None where kernels do not take that."""
         head, rows = self.head, x.permute(0, 2, 3, 1)
-        if not (ops.allows("pixels") and ops.uses_triton(x)):
+        if not (ops.allows("pixels") and isinstance(head, nn.Conv2d) and head.bias is not None):
             return None
-        if not isinstance(head, nn.Conv2d) or head.bias is None:
+        parts = (rows, self.norm.weight, self.norm.bias, head.weight, head.bias)
+        if not ops.fuses(*parts):
             return None
         from sana.kernels import pixels
 
-        parts = (rows, self.norm.weight, self.norm.bias, head.weight, head.bias)
-        if not (ops.is_inference(*parts) and pixels.supports(*parts)):
+        if not pixels.supports(*parts):
             return None
         made: Tensor = pixels.make_pixels(*parts, self.norm.eps, ops.KINDS[self.activation])
         return made.permute(0, 3, 1, 2)

@@ -63,7 +63,7 @@ def windows(weight: Tensor) -> Tensor:
     Place 2a + b of an output cell (2i + a, 2j + b) is out channels 2a + b of the result, at window
     (i + a, j + b). Sums are taken in fp32.
     """
-    if ops.is_inference(weight) and ops.uses_triton(weight) and weight.dtype.itemsize <= 4:
+    if ops.fuses(weight):
         from sana.kernels import resample
 
         made: Tensor = resample.window_taps(weight)
